@@ -1,0 +1,108 @@
+"""The ``comet`` command: what this machine can do, and what would happen to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from comet_compile._version import __version__
+from comet_compile.errors import CometError
+
+__all__ = ["main"]
+
+_TONES = {"ok": "", "note": "yellow", "missing": "bold red"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="comet")
+def main() -> None:
+    """Overlap of mixture-of-experts communication and compute, in one line:
+    torch.compile(model, backend="comet").
+    """
+
+
+@main.command()
+def doctor() -> None:
+    """Show what this machine has: versions, GPUs, communication, caches, options."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from comet_compile.doctor import diagnose
+
+    table = Table(title="comet doctor", title_justify="left", show_lines=False)
+    table.add_column("topic", style="dim", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("found", overflow="fold")
+    topic = ""
+    for fact in diagnose():
+        if topic and fact.topic != topic:
+            table.add_section()
+        shown = fact.topic if fact.topic != topic else ""
+        # escaping: a path or a variable may hold what rich takes for markup
+        table.add_row(shown, _plain(fact.name), _plain(fact.value, _TONES[fact.tone]))
+        topic = fact.topic
+    Console().print(table)
+
+
+@main.command()
+@click.argument("target")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of the example input.")
+@click.option("--train/--inference", default=False, help="Training or inference (the default).")
+@click.option(
+    "--small", is_flag=True, help="Shrink a Hugging Face config to a toy."
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of a Hugging Face config.")
+@click.option("--device", default=None, help="Device; default: cuda where there is one, else cpu.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Also write the report, with pictures, to this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def explain(
+    target: str,
+    tokens: int | None,
+    train: bool,
+    small: bool,
+    layers: int | None,
+    device: str | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Compile TARGET with comet, run it once, and say which MoE layers were rewritten and why not.
+
+    TARGET is module:factory (or file.py:factory), a callable that returns (model, args); or a
+    Hugging Face config: a config.json, its folder, or a model type such as qwen3_moe.
+    """
+    import torch
+
+    from comet_compile.explain import explain as explain_model
+    from comet_compile.targets import load_target
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        loaded = load_target(
+            target, tokens=tokens, train=train, small=small, layers=layers, device=device
+        )
+        with torch.set_grad_enabled(train):
+            report = explain_model(loaded.model, *loaded.args, **loaded.kwargs)
+    except CometError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(report.to_json() if as_json else str(report))
+    if html is not None:
+        try:
+            report.to_html(html)
+        except (ImportError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(f"wrote {html}", err=True)
+
+
+def _plain(text: str, style: str = "") -> object:
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""Train three small mixture-of-experts language models, eager beside comet, and compare them.
+
+    python examples/quickstart.py
+
+It starts one process per GPU, or two processes over gloo where there is none, and takes two models
+from Hugging Face (every process holds all of their experts) and one expert-parallel model written
+in plain torch.distributed (the experts are spread over the processes). None of them knows of
+comet_compile. The one line that does is in `train`:
+
+    torch.compile(model, backend="comet")
+
+Every model is trained three times from the same seed: eager, compiled, and eager in float32. The
+error of a value is its distance from the float32 value, relative to it in norm. The compiled model
+may have at most twice the error that eager has, and one rounding to bfloat16 more.
+
+Names end in their dimensions: B sequences of C characters, T = B * C tokens, A experts per token,
+S = T * A slots, R rows received, E experts, L of them local, P processes, H features, I of an
+expert's inner ones, N = 2 * I columns of gate and up together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.nn import functional as F
+from transformers import (
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import comet_compile
+
+TEXT = Path(__file__).parent / "data" / "public_domain.txt"
+VOCABULARY = 128  # the text is ASCII: one token per byte
+HIDDEN, INNER, NUM_LAYERS, NUM_EXPERTS, TOP_K = 64, 32, 2, 8, 2
+SEQUENCES, CHARACTERS = 4, 64
+BF16_ROUNDING = 2.0**-8
+# Inductor then rounds where eager rounds. Without it a router that is near a tie may pick another
+# expert than in eager, under any backend, and the comparison would show that instead.
+OPTIONS = {"emulate_precision_casts": True}
+SHARDS = ("w_in_LHN", "w_out_LIH")
+
+
+def qwen3_moe() -> PreTrainedModel:
+    """Return a small Qwen3-MoE, experts as Hugging Face runs them by default (grouped_mm)."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INNER,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+        use_cache=False,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def olmoe() -> PreTrainedModel:
+    """Return a small OLMoE."""
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+        use_cache=False,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return OlmoeForCausalLM(config)
+
+
+class ExpertParallelMoE(nn.Module):
+    """A routed layer that keeps E / P experts in each process, as a user writes it today."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group = dist.group.WORLD
+        self.num_ranks = dist.get_world_size()
+        self.num_local = NUM_EXPERTS // self.num_ranks
+        self.router = nn.Linear(HIDDEN, NUM_EXPERTS, bias=False)
+        own = slice(dist.get_rank() * self.num_local, (dist.get_rank() + 1) * self.num_local)
+        # every rank draws all experts and keeps its own: the model is the same for any P
+        self.w_in_LHN = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN, 2 * INNER)[own] * 0.1)
+        self.w_out_LIH = nn.Parameter(torch.randn(NUM_EXPERTS, INNER, HIDDEN)[own] * 0.1)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        weights_TA, ids_TA = self.router(x_TH).float().softmax(-1).topk(TOP_K)
+        weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
+        ids_S = ids_TA.view(-1)
+
+        # dispatch: one row per slot, sorted by expert and hence by the process that has it
+        order_S = ids_S.argsort(stable=True)
+        counts_E = ids_S.new_zeros(NUM_EXPERTS).scatter_add(0, ids_S, torch.ones_like(ids_S))
+        counts_PL = counts_E.view(self.num_ranks, self.num_local)
+        received_PL = all_to_all_single(counts_PL, None, None, self.group)
+        send, recv = counts_PL.sum(1).tolist(), received_PL.sum(1).tolist()
+        x_RH = all_to_all_single_autograd(x_TH[order_S // TOP_K], recv, send, self.group)
+
+        # experts: rows came process by process, the grouped GEMM wants them expert by expert
+        local_ids_L = torch.arange(self.num_local, device=x_TH.device)
+        local_ids_R = local_ids_L.repeat(self.num_ranks).repeat_interleave(
+            received_PL.view(-1), output_size=sum(recv)
+        )
+        by_expert_R = local_ids_R.argsort(stable=True)
+        offs_L = received_PL.sum(0).cumsum(0, dtype=torch.int32)
+        gate, up = F.grouped_mm(x_RH[by_expert_R], self.w_in_LHN, offs=offs_L).chunk(2, -1)
+        y_RH = F.grouped_mm(F.silu(gate) * up, self.w_out_LIH, offs=offs_L)
+
+        # combine: back the same way, then the weighted sum over each token's experts
+        y_RH = y_RH[by_expert_R.argsort()]
+        y_SH = all_to_all_single_autograd(y_RH, send, recv, self.group)
+        y_TAH = y_SH[order_S.argsort()].view(-1, TOP_K, HIDDEN)
+        return (y_TAH * weights_TA.unsqueeze(-1)).sum(1).to(x_TH.dtype)
+
+
+class ExpertParallelLM(nn.Module):
+    """A residual language model: mix with the token before, then the routed layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.mixers = nn.ModuleList(nn.Linear(2 * HIDDEN, HIDDEN) for _ in range(NUM_LAYERS))
+        self.moes = nn.ModuleList(ExpertParallelMoE() for _ in range(NUM_LAYERS))
+        self.norms = nn.ModuleList(nn.RMSNorm(HIDDEN) for _ in range(2 * NUM_LAYERS + 1))
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+
+    def forward(self, tokens_BC: Tensor) -> Tensor:
+        x_BCH = self.embedding(tokens_BC)
+        for i, (mixer, moe) in enumerate(zip(self.mixers, self.moes, strict=True)):
+            normed = self.norms[2 * i](x_BCH)
+            before = F.pad(normed, (0, 0, 1, 0))[:, :-1]
+            x_BCH = x_BCH + mixer(torch.cat([normed, before], -1))
+            normed = self.norms[2 * i + 1](x_BCH)
+            x_BCH = x_BCH + moe(normed.flatten(0, 1)).view_as(x_BCH)
+        return self.head(self.norms[-1](x_BCH))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "Qwen3-MoE (Hugging Face)": qwen3_moe,
+    "OLMoE (Hugging Face)": olmoe,
+    "expert-parallel LM": ExpertParallelLM,
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """What one training run gave: values of the first step, and the loss of every step."""
+
+    outputs: Tensor
+    gradients: dict[str, Tensor]
+    losses: list[float]
+
+
+def make_model(
+    build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Return the model with the same initial values, rounded to bfloat16, at every call."""
+    torch.manual_seed(0)
+    return build().to(torch.bfloat16).to(device=device, dtype=dtype)
+
+
+def make_batches(num_steps: int, device: torch.device) -> list[Tensor]:
+    """Return this process's own batches of the text, int64 [B, C] each."""
+    text = torch.tensor(list(TEXT.read_bytes()))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    windows = text.unfold(0, CHARACTERS, 1)
+    picks = torch.randint(len(windows), (num_steps, SEQUENCES), generator=generator)
+    return [windows[rows].to(device) for rows in picks]
+
+
+def average(value: Tensor) -> Tensor:
+    """Return the mean of `value` over the processes."""
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+def train(model: nn.Module, batches: list[Tensor], backend: str | None = None) -> Run:
+    """Train `model` on `batches`, data-parallel over the processes."""
+    step = torch.compile(model, backend=backend, options=OPTIONS) if backend else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    run: Run | None = None
+    for tokens_BC in batches:
+        result = step(tokens_BC)
+        logits = getattr(result, "logits", result).float()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BC[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if name.endswith(SHARDS):  # no other process has these experts
+                parameter.grad /= dist.get_world_size()
+            else:
+                parameter.grad = average(parameter.grad)
+        if run is None:
+            gradients = {name: p.grad.float() for name, p in model.named_parameters()}
+            run = Run(logits.detach(), gradients, [])
+        run.losses.append(average(loss.detach()).item())
+        optimizer.step()
+    assert run is not None
+    return run
+
+
+@dataclasses.dataclass
+class Check:
+    """One quantity of one model: how far comet is from eager, and both from float32."""
+
+    quantity: str
+    difference: float  # max |comet - eager|
+    eager_error: float
+    comet_error: float
+
+    @property
+    def bound(self) -> float:
+        return 2 * self.eager_error + BF16_ROUNDING
+
+    @property
+    def holds(self) -> bool:
+        return self.comet_error <= self.bound  # False also for NaN
+
+
+def check(quantity: str, comet: Tensor, eager: Tensor, exact: Tensor) -> Check:
+    size = exact.norm()
+    return Check(
+        quantity,
+        (comet - eager).abs().max().item(),
+        ((eager - exact).norm() / size).item(),
+        ((comet - exact).norm() / size).item(),
+    )
+
+
+def compare(comet: Run, eager: Run, exact: Run) -> list[Check]:
+    """Return the checks of the first step and of the losses of all steps."""
+    gradients = [
+        check(f"gradient of {name}", comet.gradients[name], eager.gradients[name], gradient)
+        for name, gradient in exact.gradients.items()
+    ]
+    worst = max(gradients, key=lambda c: c.comet_error / c.bound)
+    losses = (torch.tensor(run.losses) for run in (comet, eager, exact))
+    return [
+        check("outputs", comet.outputs, eager.outputs, exact.outputs),
+        dataclasses.replace(worst, quantity=f"gradients (worst of {len(gradients)})"),
+        check(f"losses of {len(comet.losses)} steps", *losses),
+    ]
+
+
+def show(console: Console, comet: Run, eager: Run, checks: list[list[Check]]) -> None:
+    """Print the losses and, per quantity, the check of the process that is nearest its bound."""
+    shown = range(0, len(eager.losses), -(-len(eager.losses) // 10))
+    table = Table("loss at step", *(str(step) for step in shown))
+    for label, run in (("eager", eager), ("comet", comet)):
+        table.add_row(label, *(f"{run.losses[step]:.4f}" for step in shown))
+    console.print(table)
+    table = Table("", "max |comet - eager|", "error of eager", "error of comet", "bound", "")
+    for of_all_ranks in zip(*checks, strict=True):
+        worst = max(of_all_ranks, key=lambda c: c.comet_error / c.bound)
+        errors = (worst.difference, worst.eager_error, worst.comet_error, worst.bound)
+        ok = all(c.holds for c in of_all_ranks)
+        table.add_row(worst.quantity, *(f"{e:.2e}" for e in errors), "ok" if ok else "BROKEN")
+    console.print(table)
+
+
+def run_model(
+    name: str, build: Callable[[], nn.Module], backend: str, num_steps: int, device: torch.device
+) -> bool:
+    """Train and compare one model; return whether it was rewritten and every bound holds."""
+    console = Console(quiet=dist.get_rank() != 0, width=100, highlight=False)
+    batches = make_batches(num_steps, device)
+    exact = train(make_model(build, torch.float32, device), batches)
+    eager = train(make_model(build, torch.bfloat16, device), batches)
+    comet = train(make_model(build, torch.bfloat16, device), batches, backend=backend)
+
+    checks: list[list[Check]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(checks, compare(comet, eager, exact))
+    console.rule(name)
+    show(console, comet, eager, checks)
+    ok = all(c.holds for of_rank in checks for c in of_rank)
+
+    if backend == "comet":
+        report = comet_compile.explain(make_model(build, torch.bfloat16, device), batches[0])
+        console.print(str(report), markup=False)
+        if not any(region.status != "rejected" for region in report.regions):
+            console.print(f"{name}: no region was rewritten")
+            ok = False
+    return ok
+
+
+def worker(rank: int, args: argparse.Namespace, world_size: int, port: int) -> None:
+    """Run every model as process `rank` of the group."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # the processes share the cores
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size
+    )
+    try:
+        results = [
+            run_model(name, build, args.backend, args.steps, device)
+            for name, build in MODELS.items()
+            if args.only.lower() in name.lower()
+        ]
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    if not all(results):
+        sys.exit(1)
+
+
+def main() -> int:
+    """Start the processes; return 0 if every model was rewritten and every bound holds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10, help="training steps per model")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--backend", default="comet", help="backend of torch.compile to compare")
+    parser.add_argument("--dump", default="comet_dump", help="folder for the graphs")
+    args = parser.parse_args()
+
+    dump = Path(os.environ.setdefault("COMET_DUMP", args.dump)).resolve()
+    world_size = torch.cuda.device_count() or 2
+    if NUM_EXPERTS % world_size:
+        world_size = 1
+    console = Console(highlight=False)
+    console.print(f"comet_compile {comet_compile.__version__}, torch {torch.__version__}, ", end="")
+    console.print(f"{world_size} processes, the first step of each model compiles it")
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    try:
+        mp.spawn(worker, args=(args, world_size, store.port), nprocs=world_size)
+    except mp.ProcessExitedException as error:
+        console.print("a bound is broken, or a model was not rewritten: see above")
+        return error.exit_code or 1
+    console.print(f"every bound holds; graphs before and after: {dump}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

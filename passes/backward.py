@@ -1,0 +1,303 @@
+"""Find the gradients of a proven layer in the joint graph, and prove that they are its gradients.
+
+Contract: reads the graph, changes nothing. Autograd wrote the backward, so its spelling is free;
+gradients are recognised by their values: the part of the backward that depends on nothing but the
+layer's inputs, its inner values and one incoming gradient is interpreted on the instances of the
+forward proof, and every node whose value is the derivative of the op's own definition is that
+gradient.
+
+Steps
+1. Core: backward nodes that read the region's inner values or the expert matrices.
+2. Incoming gradient: the nearest [T, H] value above the core on which all of the core depends.
+3. Interpret what follows from it, and match nodes against the oracle's gradients by value, on
+   every instance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from comet_compile.passes.graph_view import (
+    ancestors,
+    is_float,
+    is_tensor,
+    numel,
+    positions,
+    same_size,
+    val,
+)
+from comet_compile.passes.instance import Instance, close
+from comet_compile.passes.probe import Probe, Support, Value
+from comet_compile.passes.prove import Layer
+from comet_compile.passes.reasons import Rejection, RejectReason
+from comet_compile.passes.simulate import Failed, run
+
+aten = torch.ops.aten
+
+# in the order of the outputs of comet::moe_layer_backward
+GRADIENT_NAMES = ("x", "weights", "w_in", "w_up", "w_out", "b_in", "b_up", "b_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The incoming gradient and, by the op's argument name, the nodes that hold each gradient.
+
+    `flipped` are matched nodes that hold the gradient of a stack with its matrices transposed.
+    """
+
+    grad_y: fx.Node
+    nodes: dict[str, tuple[fx.Node, ...]]
+    flipped: frozenset[fx.Node]
+
+
+def find_gradients(
+    layer: Layer, graph: fx.Graph, backward: set[fx.Node]
+) -> Gradients | Rejection | None:
+    """The layer's gradients; None if the graph does not differentiate through the layer."""
+    core = _core(layer, backward)
+    if not core:
+        return None
+    order = positions(graph)
+    tried = 0
+    problem = "no [T, H] gradient leads to all of its backward"
+    for grad_y in _incoming(layer, core, backward, order):
+        pure = _pure_part(layer, grad_y, backward, order)
+        if not core <= set(pure):
+            continue
+        tried += 1
+        found = _match(layer, grad_y, pure)
+        if isinstance(found, Gradients):
+            return found
+        problem = found
+        if tried == 6:
+            break
+    detail = f"{layer.candidate.y.name}: {problem}"
+    return Rejection(RejectReason.BACKWARD_NOT_PROVEN, detail)
+
+
+def _inner(layer: Layer) -> set[fx.Node]:
+    """Float values between the region's inputs and its output."""
+    candidate = layer.candidate
+    return {n for n in candidate.nodes if is_float(n)} - {*candidate.inputs, candidate.y}
+
+
+def _core(layer: Layer, backward: set[fx.Node]) -> set[fx.Node]:
+    sources = _inner(layer) | set(layer.candidate.pair.stacks)
+    stack_views = {
+        user
+        for stack in layer.candidate.pair.stacks
+        for user in stack.users
+        if user.target is aten.permute.default and user not in backward
+    }
+    return {user for node in sources | stack_views for user in node.users if user in backward}
+
+
+def _incoming(
+    layer: Layer, core: set[fx.Node], backward: set[fx.Node], order: dict[fx.Node, int]
+) -> Iterator[fx.Node]:
+    """[.., H] gradients of T rows above the core, the output's own dtype first, nearest first."""
+    y = val(layer.candidate.y)
+    above = ancestors(core, stop=lambda n: n not in backward) & backward
+    fitting = [
+        n
+        for n in above
+        if is_float(n)
+        and val(n).ndim >= 2
+        and same_size(val(n).shape[-1], y.shape[-1])
+        and same_size(numel(val(n).shape), numel(y.shape))
+    ]
+    yield from sorted(fitting, key=lambda n: (val(n).dtype != y.dtype, -order[n]))
+
+
+def _pure_part(
+    layer: Layer, grad_y: fx.Node, backward: set[fx.Node], order: dict[fx.Node, int]
+) -> list[fx.Node]:
+    """Backward nodes that depend on `grad_y`, the region and constants alone, in graph order."""
+    candidate = layer.candidate
+    known = {*candidate.nodes}
+    pure: set[fx.Node] = {grad_y}
+    for node in sorted(_reach(grad_y, backward), key=order.__getitem__):
+        if node.op != "call_function":
+            continue
+        if all(s in pure or s in known or _is_constant(s, known) for s in node.all_input_nodes):
+            pure.add(node)
+    helpers = {
+        s for n in pure for s in n.all_input_nodes if s not in pure and s not in known
+    } - {grad_y}
+    return sorted(pure | _with_sources(helpers, known), key=order.__getitem__)
+
+
+def _reach(root: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(root.users)
+    while stack:
+        node = stack.pop()
+        if node in backward and node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return seen
+
+
+def _is_constant(node: fx.Node, known: set[fx.Node]) -> bool:
+    """Made from nothing, from sizes, or from the region (a permuted stack), outside the backward."""
+    if node in known:
+        return True
+    if node.op == "placeholder":
+        return not is_tensor(node)
+    if node.op != "call_function":
+        return False
+    return all(_is_constant(s, known) for s in node.all_input_nodes)
+
+
+def _with_sources(nodes: set[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
+    return ancestors(nodes, stop=lambda n: n in known) - known
+
+
+# -- values -----------------------------------------------------------------------------------
+
+
+def _match(layer: Layer, grad_y: fx.Node, pure: Sequence[fx.Node]) -> Gradients | str:
+    """Nodes of `pure` by the gradient they hold on every instance, or what is missing."""
+    held: dict[fx.Node, tuple[str, bool]] | None = None
+    for instance in layer.instances():
+        here = _held(layer, instance, grad_y, pure, held)
+        held = here
+        if not held:
+            return f"no gradient follows from {grad_y.name}"
+    assert held is not None
+    nodes: dict[str, tuple[fx.Node, ...]] = {}
+    for node, (name, _) in held.items():
+        nodes[name] = (*nodes.get(name, ()), node)
+    return Gradients(grad_y, nodes, frozenset(n for n, (_, flip) in held.items() if flip))
+
+
+def _held(
+    layer: Layer,
+    instance: Instance,
+    grad_y: fx.Node,
+    pure: Sequence[fx.Node],
+    suspects: dict[fx.Node, tuple[str, bool]] | None,
+) -> dict[fx.Node, tuple[str, bool]]:
+    """(gradient name, transposed) of each node of `pure` that holds one on this instance."""
+    candidate = layer.candidate
+    bound = {**instance.bindings(), grad_y: instance.rows(grad_y, instance.grad_y)}
+    env = run([*candidate.nodes, *pure], bound, layer.form.world, instance.sample.symbols)
+    expected = _oracle_gradients(layer, instance)
+    columns = _columns(layer, instance)
+    held = {}
+    for node in pure:
+        if node is grad_y or not is_float(node) or not _can_take(node):
+            continue
+        if suspects is not None and node not in suspects:
+            continue
+        values = env[node]
+        if isinstance(values, Failed):
+            continue
+        for name, grads in expected.items():
+            if suspects is not None and suspects[node][0] != name:
+                continue
+            flip = _holds(values, grads, columns[name])
+            if flip is not None:
+                held[node] = (name, flip)
+                break
+    return held
+
+
+def _can_take(node: fx.Node) -> bool:
+    """Whether the rewrite can give a gradient this node's shape: at most one symbolic size, or
+    a view that has its sizes at hand."""
+    symbolic = [size for size in val(node).shape if not isinstance(size, int)]
+    return len(symbolic) <= 1 or node.target is aten.view.default
+
+
+def _oracle_gradients(layer: Layer, instance: Instance) -> dict[str, list[Tensor]]:
+    """Gradients of sum <grad_y, y> per rank, in the instance's own (fused) layout."""
+    with torch.enable_grad():
+        leaves = instance.leaves(requires_grad=True)
+        y = instance.expected(layer.activation, layer.weight_place, leaves, reduce=False)
+        loss = torch.stack(
+            [(a * g).sum() for a, g in zip(y, instance.grad_y, strict=True)]
+        ).sum()
+        names = [name for name, values in leaves.items() if values is not None]
+        flat = [v for name in names for v in leaves[name] or ()]
+        grads = list(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
+    size = layer.form.world.size
+    return {name: grads[i * size : (i + 1) * size] for i, name in enumerate(names)}
+
+
+# per gradient: the tracked columns and real size of each of its last dimensions
+Columns = tuple[tuple[tuple[int, ...], int], ...]
+
+
+def _columns(layer: Layer, instance: Instance) -> dict[str, Columns]:
+    pair = layer.candidate.pair
+    hidden = (instance.h_cols, pair.ins[0].in_features)
+    inner = (instance.i_cols, pair.out.in_features)
+    wide = (instance.n_cols, pair.ins[0].out_features)
+    return {
+        "x": (hidden,),
+        "weights": (),
+        "w_in": (hidden, wide),
+        "w_up": (hidden, wide),
+        "w_out": (inner, hidden),
+        "b_in": (wide,),
+        "b_up": (wide,),
+        "b_out": (hidden,),
+    }
+
+
+def _holds(values: Sequence[Any], grads: Sequence[Tensor], columns: Columns) -> bool | None:
+    """Whether `values` are `grads` (False) or their transposed matrices (True); None if neither."""
+    for flip in (False, True) if len(columns) == 2 else (False,):
+        wanted = columns[::-1] if flip else columns
+        for value, grad in zip(values, grads, strict=True):
+            expected = grad.transpose(-2, -1) if flip else grad
+            actual = _on_columns(value, wanted)
+            if actual is None or actual.numel() != expected.numel():
+                break
+            if not close(actual.reshape(expected.shape), expected):
+                break
+        else:
+            return flip
+    return None
+
+
+def _on_columns(value: Value, columns: Columns) -> Tensor | None:
+    """The data of `value` on exactly `columns` of its last dimensions; None if they do not fit."""
+    if not isinstance(value, (Probe, torch.Tensor)) or value.ndim < len(columns):
+        return None
+    if not columns:
+        return None if isinstance(value, Probe) else value
+    if not isinstance(value, Probe):
+        return None
+    lead = value.ndim - len(columns)
+    if any(value.supports[:lead]):
+        return None
+    data, supports = value.data, list(value.supports)
+    for offset, (cols, size) in enumerate(columns):
+        dim = lead + offset
+        support = supports[dim]
+        if support is None or support.size != size:
+            return None
+        data = _widened(data, dim, support, cols)
+        if data is None:
+            return None
+    return data
+
+
+def _widened(data: Tensor, dim: int, support: Support, cols: tuple[int, ...]) -> Tensor | None:
+    """`data` on exactly `cols`: untracked ones are zeros if the support says so."""
+    place = {col: i for i, col in enumerate(support.cols)}
+    missing = [col for col in cols if col not in place]
+    if missing and not support.zero:
+        return None
+    parts = [
+        data.select(dim, place[col]) if col in place else torch.zeros_like(data.select(dim, 0))
+        for col in cols
+    ]
+    return torch.stack(parts, dim)

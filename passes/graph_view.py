@@ -1,0 +1,156 @@
+"""Small questions about a joint graph that several passes ask."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def val(node: fx.Node) -> Any:
+    """The fake value of a node (a FakeTensor, a SymInt, a tuple ...), or None."""
+    return node.meta.get("val")
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(val(node), torch.Tensor)
+
+
+def is_float(node: fx.Node) -> bool:
+    return is_tensor(node) and val(node).is_floating_point()
+
+
+def is_integer(node: fx.Node) -> bool:
+    return is_tensor(node) and not val(node).is_floating_point() and val(node).dtype != torch.bool
+
+
+def is_collective(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+def positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The place of every node in graph order."""
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def ancestors(
+    roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda _: False
+) -> set[fx.Node]:
+    """`roots` and everything they are computed from; nodes that `stop` are kept, not entered."""
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not stop(node):
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything computed from `roots`, without the roots themselves (unless in a cycle of none)."""
+    seen: set[fx.Node] = set()
+    stack = [user for root in roots for user in root.users]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return seen
+
+
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on an incoming gradient; empty for an inference graph.
+
+    `partitioner_tag` and `seq_nr` are not used: both are wrong for bodies of autograd.Function.
+    """
+    tangents = [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and str(node.target).startswith("tangents")
+    ]
+    return {n for n in (*tangents, *descendants(tangents)) if n.op != "output"}
+
+
+def numel(shape: Iterable[Any]) -> Any:
+    return functools.reduce(operator.mul, shape, 1)
+
+
+def expression(size: Any) -> Any:
+    """The sympy expression of a size (a plain int stays one)."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def ratio(numerator: Any, denominator: Any) -> int | None:
+    """numerator / denominator if that is an integer whatever the symbols are, else None."""
+    top, bottom = expression(numerator), expression(denominator)
+    if isinstance(top, int) and isinstance(bottom, int):
+        return top // bottom if bottom and top % bottom == 0 else None
+    import sympy
+
+    quotient = sympy.simplify(sympy.sympify(top) / sympy.sympify(bottom))
+    return int(quotient) if quotient.is_Integer else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal whatever the symbols are (never adds a guard)."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b)) if not isinstance(a, int) or not isinstance(
+        b, int
+    ) else a == b
+
+
+def concrete(size: Any, symbols: Mapping[Any, int]) -> int:
+    """The value of a size in one sample; ValueError if a run-time symbol is left."""
+    expr = expression(size)
+    if isinstance(expr, int):
+        return expr
+    expr = expr.subs(symbols)
+    if not expr.is_number:
+        raise ValueError(f"size {expr} is known at run time only")
+    return int(expr)
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's line that made `node`: ``file.py:12 in forward: y = self.experts(x)``.
+
+    The innermost frame outside of torch, from the stack trace that Dynamo leaves on nodes.
+    """
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return ""
+    frames = _frames(trace)
+    if not frames:
+        return ""
+    file, line, function, code = frames[-1]
+    return f"{file}:{line} in {function}: {code}"
+
+
+def _frames(trace: str) -> list[tuple[str, str, str, str]]:
+    frames = []
+    lines = trace.splitlines()
+    for i, text in enumerate(lines):
+        text = text.strip()
+        if not text.startswith('File "'):
+            continue
+        file, _, rest = text[len('File "') :].partition('", line ')
+        number, _, function = rest.partition(", in ")
+        code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+        frames.append((file, number, function, code))
+    return frames
+
+
+def describe(node: fx.Node) -> str:
+    """``name (op)`` with the op's short name, for messages."""
+    target = node.target
+    short = str(target) if not callable(target) else getattr(target, "__name__", str(target))
+    return f"{node.name} ({short})"

@@ -1,0 +1,368 @@
+"""The joint-graph pass: every MoE layer of a graph is found, proven, and replaced or refused.
+
+Contract: a `CustomGraphPass`. Deterministic, idempotent, and a function of facts that all ranks
+share (the graph, group sizes, options); it communicates nothing. A graph without expert GEMMs is
+left after one look at its nodes.
+
+Per region: find -> prove (forward) -> prove (backward) -> check that it can die -> replace.
+Each step can only turn the region into a refusal with a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import pathlib
+import time
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._python_dispatch import _disable_current_modes
+
+from comet_compile import records
+from comet_compile._version import __version__
+from comet_compile.config import CometConfig
+from comet_compile.errors import CometError
+from comet_compile.kernels import ops as _ops  # registers torch.ops.comet.*
+from comet_compile.kernels.portable import plan_for
+from comet_compile.passes import find, pictures
+from comet_compile.passes.backward import Gradients, find_gradients
+from comet_compile.passes.graph_view import backward_nodes, concrete, numel, source_line, val
+from comet_compile.passes.prove import Layer, prove
+from comet_compile.passes.reasons import Rejection, RejectReason
+from comet_compile.passes.rewrite import Chain, Rewritten, blocked, replace
+from comet_compile.passes.samples import size_choices
+
+log = logging.getLogger(__name__)
+
+_graph_ids = itertools.count()
+
+
+class RegionRefused(CometError):
+    """A region was refused while `comet.strict` asks for every region to be replaced."""
+
+
+def group_size(name: str) -> int | None:
+    """The number of ranks of a process group, None if this process has no such group."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        return int(_resolve_process_group(name).size())
+    except (RuntimeError, ValueError, TypeError, KeyError, LookupError):
+        return None
+
+
+def source_digest() -> str:
+    """Hash of every source file that the compiled result depends on."""
+    here = pathlib.Path(__file__).resolve().parent
+    # installed, `kernels` is a sibling of `passes` in both layouts
+    import comet_compile.kernels as kernels
+
+    roots = (here, pathlib.Path(kernels.__file__ or "").resolve().parent)
+    digest = hashlib.sha256()
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class MoePass(CustomGraphPass):
+    """Rewrites MoE layers of a joint (or inference) graph into `comet::moe_layer`."""
+
+    def __init__(self, config: CometConfig | None = None) -> None:
+        self.config = config or CometConfig()
+
+    def uuid(self) -> Any:
+        """Identity for compile caches: sources, options, versions and the groups' sizes."""
+        return (
+            "comet_compile",
+            __version__,
+            torch.__version__,
+            source_digest(),
+            self.config.fingerprint(),
+            _group_facts(),
+        )
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if not self.config.enabled:
+            return
+        # fake tensors and functionalisation are on while Inductor calls passes; proofs run for real
+        with _disable_current_modes():
+            _Session(self.config, graph).run()
+
+
+def _group_facts() -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the process groups: group names are constants of a graph, and its proof
+    holds for the size that the group had."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return ()
+    from torch.distributed.distributed_c10d import _world
+
+    return tuple(sorted((str(name), pg.size()) for pg, name in _world.pg_names.items()))
+
+
+@dataclasses.dataclass
+class _Session:
+    """One run of the pass over one graph."""
+
+    config: CometConfig
+    graph: fx.Graph
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        backward = backward_nodes(self.graph)
+        pairs, refused = find.find_pairs(self.graph, backward)
+        if not pairs and not refused:
+            log.debug("comet: no MoE region in a graph of %d nodes", len(self.graph.nodes))
+            self._publish(started, len(self.graph.nodes), [], "", bool(backward))
+            return
+        self.graph_id = next(_graph_ids)
+        before, num_before = self._text(), len(self.graph.nodes)
+        chain = Chain()
+        regions = [self._region(pair, chain) for pair in pairs]
+        regions += [self._refusal(node, rejection, None) for node, rejection in refused]
+        if any(region.status != "rejected" for region in regions):
+            self.graph.lint()
+        self._count(regions)
+        self._publish(started, num_before, regions, before, bool(backward))
+        if self.config.strict:
+            _raise_refused(regions)
+
+    # -- one region ---------------------------------------------------------------------------
+
+    def _region(self, pair: find.ExpertPair, chain: Chain) -> records.RegionRecord:
+        backward = backward_nodes(self.graph)
+        outcome = self._prove(pair, backward)
+        if isinstance(outcome, Rejection):
+            return self._refusal(pair.out.node, outcome, pair)
+        layer, gradients = outcome
+        before = self._picture(layer) if records.is_collecting() else None
+        where = source_line(pair.out.node) or source_line(layer.candidate.y)
+        estimate = _estimate(layer)
+        rewritten = replace(layer, gradients, chain, self._save(layer), self.graph)
+        after = pictures.around_op(rewritten.forward) if records.is_collecting() else None
+        return records.RegionRecord(
+            name=rewritten.forward.name,
+            graph_id=self.graph_id,
+            status="portable",
+            family=layer.form.name,
+            reason=None,
+            detail=_describe(layer),
+            where=where,
+            plan=self._plan(layer, gradients, rewritten, estimate),
+            estimate=estimate,
+            backward="none" if gradients is None else "portable",
+            before=before,
+            after=after,
+        )
+
+    def _prove(
+        self, pair: find.ExpertPair, backward: set[fx.Node]
+    ) -> tuple[Layer, Gradients | None] | Rejection:
+        refusal: Rejection | None = None
+        for candidate in find.candidates(pair, self.graph, backward):
+            if isinstance(candidate, Rejection):
+                return refusal or candidate
+            layer = prove(candidate, self.config.max_proof_rows, group_size)
+            if isinstance(layer, Rejection):
+                log.debug("comet: %s refused: %s", candidate.y.name, layer)
+                refusal = _more_telling(refusal, layer)
+                continue
+            gradients = find_gradients(layer, self.graph, backward) if backward else None
+            if isinstance(gradients, Gradients) and not self.config.backward:
+                return Rejection(RejectReason.BACKWARD_DISABLED, f"{candidate.y.name} is trained")
+            if isinstance(gradients, Rejection):
+                refusal = _more_telling(refusal, gradients)
+                continue
+            stuck = blocked(layer, gradients, backward)
+            if stuck is not None:
+                refusal = _more_telling(refusal, stuck)
+                continue
+            return layer, gradients
+        assert refusal is not None
+        return refusal
+
+    def _save(self, layer: Layer) -> str:
+        if self.config.save != "auto":
+            # rows received from other ranks have no fixed number, so they are not kept
+            return "nothing" if layer.form.shards_tokens else self.config.save
+        return "nothing" if layer.form.shards_tokens else "pre_activation"
+
+    def _plan(
+        self,
+        layer: Layer,
+        gradients: Gradients | None,
+        rewritten: Rewritten,
+        estimate: dict[str, Any],
+    ) -> dict[str, Any]:
+        x = val(layer.candidate.x)
+        plan = plan_for(
+            layer.form.name, rows=estimate["rows"], hidden=int(x.shape[-1]), dtype=x.dtype
+        )
+        return {**plan, "save": rewritten.forward.kwargs["save"]}
+
+    # -- records ------------------------------------------------------------------------------
+
+    def _refusal(
+        self, node: fx.Node, rejection: Rejection, pair: find.ExpertPair | None
+    ) -> records.RegionRecord:
+        collecting = records.is_collecting()
+        return records.RegionRecord(
+            name=node.name,
+            graph_id=self.graph_id,
+            status="rejected",
+            family="unknown",
+            reason=rejection.reason.value,
+            detail=rejection.detail,
+            where=source_line(node),
+            plan={},
+            estimate={},
+            backward="none",
+            before=pictures.around_op(node) if collecting else None,
+            after=None,
+        )
+
+    def _picture(self, layer: Layer) -> records.GraphPicture:
+        return pictures.of_region(layer.candidate.nodes, layer.candidate.inputs, layer.candidate.y)
+
+    def _text(self) -> str:
+        if not records.is_collecting() and self.config.dump is None:
+            return ""
+        module = fx.GraphModule(self.graph.owning_module or torch.nn.Module(), self.graph)
+        return module.print_readable(print_output=False)
+
+    def _count(self, regions: list[records.RegionRecord]) -> None:
+        comet = counters["comet"]
+        comet["regions_found"] += len(regions)
+        for region in regions:
+            comet[f"regions_{region.status}"] += 1
+            if region.reason:
+                comet[f"rejected.{region.reason}"] += 1
+            if region.backward != "none":
+                comet[f"regions_backward_{region.backward}"] += 1
+        if _is_first_rank():
+            log.info("%s", _summary(regions))
+
+    def _publish(
+        self,
+        started: float,
+        num_before: int,
+        regions: list[records.RegionRecord],
+        before: str,
+        training: bool,
+    ) -> None:
+        if not regions and not records.is_collecting():
+            return
+        record = records.GraphRecord(
+            graph_id=regions[0].graph_id if regions else next(_graph_ids),
+            kind="training" if training else "inference",
+            num_nodes_before=num_before,
+            num_nodes_after=len(self.graph.nodes),
+            seconds=time.perf_counter() - started,
+            regions=tuple(regions),
+            before_text=before or self._text(),
+            after_text=self._text(),
+        )
+        records.publish(record)
+        if regions:
+            from comet_compile import dump
+
+            dump.trace_artifacts(record)
+            if self.config.dump is not None:
+                dump.write_dump(self.config.dump, record)
+
+
+def _raise_refused(regions: list[records.RegionRecord]) -> None:
+    refused = [r for r in regions if r.status == "rejected"]
+    if refused:
+        lines = [f"{r.where or r.name}: {r.reason}: {r.detail}" for r in refused]
+        raise RegionRefused(
+            f"comet.strict is on and {len(refused)} of {len(regions)} MoE regions were refused:\n"
+            + "\n".join(lines)
+        )
+
+
+# reasons of wider or narrower cuts that failed say less than these
+_TELLING = (
+    RejectReason.VALUE_USED_ELSEWHERE,
+    RejectReason.BACKWARD_NOT_PROVEN,
+    RejectReason.OUT_OF_RANGE_IDS,
+    RejectReason.UNKNOWN_ACTIVATION,
+    RejectReason.UNKNOWN_GROUP,
+    RejectReason.MIXED_GROUPS,
+    RejectReason.UNSUPPORTED_DTYPE,
+    RejectReason.UNSUPPORTED_LAYOUT,
+    RejectReason.TOO_LARGE,
+    RejectReason.DYNAMIC_SPLITS,
+    RejectReason.UNSUPPORTED_OP,
+)
+
+
+def _more_telling(first: Rejection | None, second: Rejection) -> Rejection:
+    """Of two refusals of the same layer, the one that got further."""
+    if first is None:
+        return second
+
+    def rank(rejection: Rejection) -> int:
+        known = rejection.reason in _TELLING
+        return _TELLING.index(rejection.reason) if known else len(_TELLING)
+
+    return min(first, second, key=rank)
+
+
+def _describe(layer: Layer) -> str:
+    pair = layer.candidate.pair
+    experts = pair.out.num_experts
+    total = experts * layer.form.world.size if layer.form.name != "local" else experts
+    return (
+        f"{total} experts, top-{layer.candidate.top_k}, hidden {pair.ins[0].in_features}, "
+        f"intermediate {pair.out.in_features}, {layer.activation}, weights {layer.weight_place}"
+    )
+
+
+def _estimate(layer: Layer) -> dict[str, Any]:
+    """Work of one forward call at the traced size: slots, FLOPs, bytes sent to other ranks."""
+    candidate, pair = layer.candidate, layer.candidate.pair
+    sizes = size_choices(candidate.nodes)[0]
+    rows = concrete(numel(val(candidate.x).shape[:-1]), sizes) * candidate.top_k
+    columns = sum(gemm.out_features for gemm in pair.ins) + pair.out.in_features
+    hidden, ranks = pair.ins[0].in_features, layer.form.world.size
+    itemsize = val(candidate.x).dtype.itemsize
+    sent = 0
+    if layer.form.name == "all_to_all":
+        sent = 2 * rows * hidden * itemsize * (ranks - 1) // ranks
+    elif layer.form.name == "replicated":
+        sent = 2 * (rows // candidate.top_k) * hidden * itemsize * (ranks - 1) // ranks
+    return {"rows": rows, "flops": 2 * rows * hidden * columns, "bytes_sent": sent}
+
+
+def _summary(regions: list[records.RegionRecord]) -> str:
+    total = len(regions)
+    fused = sum(r.status == "fused" for r in regions)
+    portable = sum(r.status == "portable" for r in regions)
+    verb = f"fused {fused}" if not portable else f"rewrote {fused + portable}"
+    notes = [f"{portable} portable"] if portable else []
+    reasons = sorted({r.reason for r in regions if r.reason})
+    if reasons:
+        count = sum(r.status == "rejected" for r in regions)
+        notes.append(f"{count} rejected: {', '.join(reasons)}")
+    suffix = f" ({'; '.join(notes)})" if notes else ""
+    return f"comet: {verb} of {total} MoE regions{suffix}"
+
+
+def _is_first_rank() -> bool:
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -1,0 +1,357 @@
+"""Replace a proven layer and its proven gradients by `comet::moe_layer` and its backward.
+
+Contract: changes the graph only after it has checked that the whole region becomes dead; then the
+region is replaced entirely, forward and backward together. New nodes carry `val`, the stack trace
+and the recomputation tags of what they replace. Collectives that the region does not own keep
+their order.
+
+Steps
+1. Check: with the output and the gradients cut, nothing else may need the region's heavy values.
+2. Emit the forward op, and the backward op where the graph differentiates through the layer; ops
+   of one group are chained by their tokens, so no scheduler can reorder them on one rank alone.
+3. Erase what is dead, including collectives, waits and size checks that only the region used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from comet_compile.passes.backward import GRADIENT_NAMES, Gradients
+from comet_compile.passes.find import ExpertGemm
+from comet_compile.passes.graph_view import (
+    ancestors,
+    describe,
+    descendants,
+    is_collective,
+    is_float,
+    same_size,
+    val,
+)
+from comet_compile.passes.prove import Layer
+from comet_compile.passes.reasons import Rejection, RejectReason
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+c10d = torch.ops._c10d_functional
+
+# what a new node inherits from the node whose place it takes
+_INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "custom", "ac_graph_id")
+
+
+@dataclasses.dataclass
+class Chain:
+    """The last token of each group, per direction: the next op of the group takes it."""
+
+    forward: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    backward: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """The ops that took the region's place; `backward` is None in an inference graph."""
+
+    forward: fx.Node
+    backward: fx.Node | None
+
+
+def blocked(layer: Layer, gradients: Gradients | None, backward: set[fx.Node]) -> Rejection | None:
+    """Why the region cannot die: a user of its inner values that is not replaced."""
+    candidate = layer.candidate
+    inside = set(candidate.nodes) - set(candidate.inputs)
+    gemms = {gemm.node for gemm in (*candidate.pair.ins, candidate.pair.out)}
+    heavy = (gemms | descendants(gemms)) & inside
+    heavy |= {n for n in inside if is_collective(n) and is_float(n)}
+    heavy -= {candidate.y}
+    held = {n for nodes in gradients.nodes.values() for n in nodes} if gradients else set()
+    cut = {candidate.y, *held}
+    live = ancestors(_roots(candidate.y.graph, inside), stop=lambda n: n in cut) - cut
+    needed = sorted(heavy & live, key=lambda n: n.name)
+    if not needed:
+        return None
+    users = [(n, u) for n in needed for u in n.users if u not in inside and (u in live)]
+    value, user = users[0] if users else (needed[0], needed[0])
+    if user in backward:
+        detail = f"{describe(value)} is needed by {describe(user)} beside the layer's gradients"
+        return Rejection(RejectReason.BACKWARD_NOT_PROVEN, detail)
+    detail = f"{describe(value)} is also used by {describe(user)}"
+    return Rejection(RejectReason.VALUE_USED_ELSEWHERE, detail)
+
+
+def _roots(graph: fx.Graph, region: set[fx.Node]) -> list[fx.Node]:
+    """Nodes that stay whatever happens: the output and effects that the region does not own."""
+    return [
+        n
+        for n in graph.nodes
+        if n.op == "output"
+        or (n.op == "call_function" and n.is_impure() and not _is_owned_effect(n, region))
+    ]
+
+
+def _is_owned_effect(node: fx.Node, region: set[fx.Node]) -> bool:
+    """Collectives, waits and size checks that exist for the region's sake only."""
+    if node.target is aten._assert_scalar.default:
+        return True
+    if node in region:
+        return True
+    return node.target is c10d.wait_tensor.default and node.args[0] in region
+
+
+def replace(
+    layer: Layer, gradients: Gradients | None, chain: Chain, save: str, graph: fx.Graph
+) -> Rewritten:
+    """Rewrite one region; `blocked` must have found nothing."""
+    region = set(layer.candidate.nodes) - set(layer.candidate.inputs)
+    region |= descendants(region) & _waits(graph)
+    forward, arguments = _emit_forward(layer, chain, save if gradients else "nothing")
+    getters = _getters(forward, 3)
+    if layer.form.world.group_name:
+        chain.forward[layer.form.world.group_name] = getters[2]
+    backward = None
+    if gradients is not None:
+        backward = _emit_backward(layer, gradients, arguments, getters[1], chain)
+    _substitute_output(layer, getters[0])
+    erase_dead(graph, region | _backward_region(gradients))
+    return Rewritten(forward, backward)
+
+
+def _waits(graph: fx.Graph) -> set[fx.Node]:
+    return set(graph.find_nodes(op="call_function", target=c10d.wait_tensor.default))
+
+
+def _backward_region(gradients: Gradients | None) -> set[fx.Node]:
+    """Everything between the incoming gradient and the gradients: its collectives die with it."""
+    if gradients is None:
+        return set()
+    held = [n for nodes in gradients.nodes.values() for n in nodes]
+    return ancestors(held, stop=lambda n: n is gradients.grad_y) & descendants([gradients.grad_y])
+
+
+# -- forward ----------------------------------------------------------------------------------
+
+
+class _Emitter:
+    """Inserts nodes with their fake values at one place of the graph."""
+
+    def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node) -> None:
+        self.graph, self.before, self.like = graph, before, like
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        set_value(node)
+        inherit(node, self.like)
+        return node
+
+    def view(self, node: fx.Node, shape: list[Any]) -> fx.Node:
+        if not val(node).is_contiguous():
+            node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self.call(aten.view.default, node, shape)
+
+
+def inherit(node: fx.Node, source: fx.Node) -> None:
+    """Copy the book-keeping of `source`, so that partitioner and debuggers see its successor."""
+    for key in (*_INHERITED, "recompute"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+
+
+def set_value(node: fx.Node) -> None:
+    """Run the node on the fake values of its arguments, under their fake mode."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), val)
+    mode = next(v.fake_mode for n in node.all_input_nodes if hasattr(v := val(n), "fake_mode"))
+    with mode:
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _emit_forward(layer: Layer, chain: Chain, save: str) -> tuple[fx.Node, list[Any]]:
+    candidate, pair = layer.candidate, layer.candidate.pair
+    emit = _Emitter(candidate.y.graph, candidate.y, candidate.y)
+    x = candidate.x
+    if val(x).ndim != 2:
+        x = emit.view(x, [-1, pair.ins[0].in_features])
+    slots = [-1, candidate.top_k]
+    ids = _matrix(emit, candidate.ids, slots)
+    weights = None if candidate.weights is None else _matrix(emit, candidate.weights, slots)
+    ins = [_logical(emit, gemm) for gemm in pair.ins]
+    arguments = [
+        x,
+        ids,
+        weights,
+        ins[0],
+        ins[1] if len(ins) == 2 else None,
+        _logical(emit, pair.out),
+        layer.roles.b_in,
+        layer.roles.b_up,
+        layer.roles.b_out,
+    ]
+    token = chain.forward.get(layer.form.world.group_name) if layer.form.world.group_name else None
+    node = emit.call(
+        torch.ops.comet.moe_layer.default,
+        *arguments,
+        token,
+        **_options(layer),
+        out_dtype=layer.out_dtype,
+        save=save,
+    )
+    return node, arguments
+
+
+def _options(layer: Layer) -> dict[str, Any]:
+    return {
+        "activation": str(layer.activation),
+        "weight_place": layer.weight_place,
+        "product_dtype": layer.product_dtype,
+        "form": layer.form.name,
+        "group_name": layer.form.world.group_name,
+    }
+
+
+def _matrix(emit: _Emitter, node: fx.Node, shape: list[Any]) -> fx.Node:
+    current = val(node).shape
+    if len(current) == 2 and current[1] == shape[1]:
+        return node
+    return emit.view(node, shape)
+
+
+def _logical(emit: _Emitter, gemm: ExpertGemm) -> fx.Node:
+    """The stack as [L, K, N]; the memory stays where it is."""
+    if not gemm.transposed:
+        return gemm.stack
+    return emit.call(aten.permute.default, gemm.stack, [0, 2, 1])
+
+
+def _getters(node: fx.Node, count: int) -> list[fx.Node]:
+    getters = []
+    place = node
+    for index in range(count):
+        with node.graph.inserting_after(place):
+            getter = node.graph.call_function(operator.getitem, (node, index))
+        getter.meta["val"] = val(node)[index]
+        inherit(getter, node)
+        getters.append(getter)
+        place = getter
+    return getters
+
+
+def _substitute_output(layer: Layer, new: fx.Node) -> None:
+    y = layer.candidate.y
+    if val(y).ndim != 2:
+        emit = _Emitter(y.graph, y, y)
+        x_dims = len(val(layer.candidate.x).shape)
+        lead = [
+            size if isinstance(size, int) else emit.call(aten.sym_size.int, layer.candidate.x, dim)
+            for dim, size in enumerate(val(y).shape[:-1])
+        ]
+        assert x_dims == val(y).ndim or all(isinstance(size, int) for size in lead)
+        new = emit.view(new, [*lead, val(y).shape[-1]])
+    old_shape = val(y).shape
+    y.replace_all_uses_with(new)
+    if not _same_shape(old_shape, val(new).shape):
+        refresh_values(new)
+
+
+def _same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    return all(str(m) == str(n) for m, n in zip(a, b, strict=True))
+
+
+def refresh_values(root: fx.Node) -> None:
+    """Recompute the fake values that follow from `root`: sizes known on the host only are gone."""
+    changed = {root}
+    node = root.next
+    while node.op != "output":
+        if node.op == "call_function" and changed & set(node.all_input_nodes):
+            old = val(node)
+            set_value(node)
+            if str(old) != str(val(node)):
+                changed.add(node)
+        node = node.next
+
+
+# -- backward ---------------------------------------------------------------------------------
+
+
+def _emit_backward(
+    layer: Layer, gradients: Gradients, arguments: list[Any], saved: fx.Node, chain: Chain
+) -> fx.Node:
+    graph = layer.candidate.y.graph
+    held = {n for nodes in gradients.nodes.values() for n in nodes}
+    first = next(n for n in graph.nodes if n in held)
+    emit = _Emitter(graph, first, first)
+    grad_y = gradients.grad_y
+    if val(grad_y).ndim != 2:
+        grad_y = emit.view(grad_y, [-1, val(grad_y).shape[-1]])
+    group = layer.form.world.group_name
+    node = emit.call(
+        torch.ops.comet.moe_layer_backward.default,
+        grad_y,
+        *arguments,
+        saved,
+        chain.backward.get(group) if group else None,
+        **_options(layer),
+        needs=[name in gradients.nodes for name in GRADIENT_NAMES],
+    )
+    # the op belongs to the backward even where the first gradient's own tag is missing
+    node.meta["partitioner_tag"] = "is_backward"
+    node.meta.pop("recompute", None)
+    getters = _getters(node, len(GRADIENT_NAMES) + 1)
+    if group:
+        chain.backward[group] = getters[-1]
+    for name, nodes in gradients.nodes.items():
+        gradient = getters[GRADIENT_NAMES.index(name)]
+        for old in nodes:
+            _substitute_gradient(old, gradient, gradients.flipped)
+    return node
+
+
+def _substitute_gradient(old: fx.Node, gradient: fx.Node, flipped: frozenset[fx.Node]) -> None:
+    emit = _Emitter(old.graph, old, old)
+    new = gradient
+    if old in flipped:
+        new = emit.call(aten.permute.default, new, [0, 2, 1])
+    if len(val(new).shape) != len(val(old).shape) or not all(
+        same_size(a, b) for a, b in zip(val(new).shape, val(old).shape, strict=True)
+    ):
+        new = emit.view(new, _target_shape(old))
+    if val(new).dtype != val(old).dtype:
+        new = emit.call(prims.convert_element_type.default, new, val(old).dtype)
+    if val(old).is_contiguous() and not val(new).is_contiguous():
+        new = emit.call(aten.clone.default, new, memory_format=torch.contiguous_format)
+    old.replace_all_uses_with(new)
+
+
+def _target_shape(node: fx.Node) -> list[Any]:
+    """The node's shape with sizes as graph values."""
+    if node.target is aten.view.default:
+        return list(node.args[1])  # type: ignore[arg-type]
+    shape = list(val(node).shape)
+    unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
+    if len(unknown) > 1:
+        raise AssertionError(f"{node.name}: more than one symbolic size")
+    for i in unknown:
+        shape[i] = -1
+    return shape
+
+
+# -- clean-up ---------------------------------------------------------------------------------
+
+
+def erase_dead(graph: fx.Graph, region: set[fx.Node]) -> None:
+    """Erase what nothing needs, including effects that belong to the region."""
+    live = ancestors(_roots(graph, region))
+    # a size check stays as long as the sizes that it checks are read
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        if ancestors([node]) & region <= live:
+            live |= ancestors([node])
+
+    def is_impure(node: fx.Node) -> bool:
+        if node in live or node.op in ("placeholder", "output"):
+            return True
+        return node.is_impure() and not _is_owned_effect(node, region)
+
+    graph.eliminate_dead_code(is_impure)

@@ -1,0 +1,222 @@
+"""Run a piece of the joint graph for every rank of a group, in one process.
+
+Contract: reads graph nodes, never changes them. Node by node, each of the P simulated ranks
+applies the operation to its own values; collectives exchange between the P value lists. A node
+that cannot be run becomes a :class:`Failed` that names it, and so does everything computed from
+it: whoever asks for a result that depends on it learns the first cause.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from comet_compile.passes import probe_ops
+from comet_compile.passes.probe import Probe, Untracked, Value, make, support_of
+from comet_compile.passes.reasons import RejectReason
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """Why a node has no value: the first node that could not run, and what it said."""
+
+    node: fx.Node
+    reason: RejectReason
+    detail: str
+
+
+Ranked = list[Any]  # one value per simulated rank
+Environment = dict[fx.Node, Ranked | Failed]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The simulated group: its name in the graph ("" for none) and its size."""
+
+    group_name: str
+    size: int
+
+
+def run(
+    nodes: Sequence[fx.Node],
+    bindings: Mapping[fx.Node, Ranked],
+    world: World,
+    symbols: Mapping[Any, int],
+) -> Environment:
+    """Values of `nodes` (in graph order) given `bindings` for the region's inputs.
+
+    `symbols` maps backed size symbols to the sizes of this sample.
+    """
+    env: Environment = {}
+    for node in nodes:
+        env[node] = bindings[node] if node in bindings else _step(node, env, world, symbols)
+    return env
+
+
+def _step(
+    node: fx.Node, env: Environment, world: World, symbols: Mapping[Any, int]
+) -> Ranked | Failed:
+    if node.op == "placeholder":
+        return _input_size(node, world, symbols)
+    if node.op != "call_function":
+        return Failed(node, RejectReason.UNSUPPORTED_OP, f"{node.name} is a {node.op}")
+    for source in node.all_input_nodes:
+        value = env.get(source)
+        if isinstance(value, Failed):
+            return value
+        if value is None:
+            return Failed(node, RejectReason.UNSUPPORTED_OP, f"{source.name} is outside the region")
+    if getattr(node.target, "namespace", "") == "_c10d_functional":
+        return _collective(node, env, world)
+    outputs: Ranked = []
+    for rank in range(world.size):
+
+        def pick(n: fx.Node, rank: int = rank) -> Any:
+            values = env[n]
+            assert not isinstance(values, Failed)
+            return values[rank]
+
+        args, kwargs = map_arg(node.args, pick), map_arg(node.kwargs, pick)
+        try:
+            outputs.append(probe_ops.apply(node.target, args, kwargs))
+        except Untracked as why:
+            return Failed(node, RejectReason.UNSUPPORTED_OP, f"{node.name} {why}")
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+            first = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            return Failed(node, RejectReason.NOT_EQUIVALENT, f"{node.name} fails: {first}")
+    return outputs
+
+
+def _input_size(node: fx.Node, world: World, symbols: Mapping[Any, int]) -> Ranked | Failed:
+    """A size that enters the graph as a symbol; a tensor input must be bound."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.SymInt):
+        expr = val.node.expr.subs(symbols)
+        if expr.is_number:
+            return [int(expr)] * world.size
+        return Failed(node, RejectReason.DYNAMIC_SPLITS, f"{node.name} is known at run time only")
+    if isinstance(val, int):
+        return [val] * world.size
+    return Failed(node, RejectReason.UNSUPPORTED_OP, f"{node.name} is an input of the graph")
+
+
+# -- collectives ------------------------------------------------------------------------------
+
+
+def _collective(node: fx.Node, env: Environment, world: World) -> Ranked | Failed:
+    handler = _COLLECTIVES.get(getattr(node.target, "overloadpacket", None))
+    if handler is None:
+        return Failed(node, RejectReason.UNSUPPORTED_OP, f"collective {node.target}")
+    ranked_args: list[Any] = []
+    for rank in range(world.size):
+
+        def pick(n: fx.Node, rank: int = rank) -> Any:
+            values = env[n]
+            assert not isinstance(values, Failed)
+            return values[rank]
+
+        ranked_args.append(map_arg(node.args, pick))
+    if node.target is not c10d.wait_tensor.default:
+        group = ranked_args[0][-1]
+        if group != world.group_name:
+            detail = f"{node.name} runs on group {group!r}, the region on {world.group_name!r}"
+            return Failed(node, RejectReason.MIXED_GROUPS, detail)
+    try:
+        return handler(ranked_args)
+    except Untracked as why:
+        return Failed(node, RejectReason.UNSUPPORTED_OP, f"{node.name} {why}")
+    except ValueError as error:
+        return Failed(node, RejectReason.NOT_EQUIVALENT, f"{node.name}: {error}")
+
+
+def _data(value: Value) -> torch.Tensor:
+    return value.data if isinstance(value, Probe) else value
+
+
+def _like(value: Value, data: torch.Tensor) -> Value:
+    """`data` with the supports of `value` (row counts may differ)."""
+    return make(data, value.supports) if isinstance(value, Probe) else data
+
+
+def _same_supports(values: Sequence[Value]) -> None:
+    supports = {v.supports if isinstance(v, Probe) else None for v in values}
+    if len(supports) > 1:
+        raise Untracked("exchanges different columns between ranks")
+
+
+def _all_to_all_single(ranked_args: list[Any]) -> Ranked:
+    inputs = [args[0] for args in ranked_args]
+    out_splits = [list(args[1]) for args in ranked_args]
+    in_splits = [list(args[2]) for args in ranked_args]
+    size = len(inputs)
+    _same_supports(inputs)
+    if support_of(inputs[0], 0):
+        raise Untracked("exchanges columns")
+    for rank in range(size):
+        if len(in_splits[rank]) != size or len(out_splits[rank]) != size:
+            raise ValueError(f"{len(in_splits[rank])} splits in a group of {size}")
+        if sum(in_splits[rank]) != _data(inputs[rank]).shape[0]:
+            raise ValueError(
+                f"sends {sum(in_splits[rank])} of {_data(inputs[rank]).shape[0]} rows"
+            )
+        for peer in range(size):
+            if in_splits[peer][rank] != out_splits[rank][peer]:
+                raise ValueError(
+                    f"rank {peer} sends {in_splits[peer][rank]} rows to rank {rank}, "
+                    f"which expects {out_splits[rank][peer]}"
+                )
+    pieces = [_data(v).split(in_splits[rank]) for rank, v in enumerate(inputs)]
+    return [
+        _like(inputs[rank], torch.cat([pieces[peer][rank] for peer in range(size)]))
+        for rank in range(size)
+    ]
+
+
+def _all_reduce(ranked_args: list[Any]) -> Ranked:
+    inputs = [args[0] for args in ranked_args]
+    if ranked_args[0][1] != "sum":
+        raise Untracked(f"all-reduce by {ranked_args[0][1]}")
+    _same_supports(inputs)
+    total = torch.stack([_data(v) for v in inputs]).sum(0)
+    return [_like(v, total) for v in inputs]
+
+
+def _all_gather_into_tensor(ranked_args: list[Any]) -> Ranked:
+    inputs = [args[0] for args in ranked_args]
+    _same_supports(inputs)
+    if ranked_args[0][1] != len(inputs):
+        raise ValueError(f"gathers from {ranked_args[0][1]} of {len(inputs)} ranks")
+    gathered = torch.cat([_data(v) for v in inputs])
+    return [_like(v, gathered) for v in inputs]
+
+
+def _reduce_scatter_tensor(ranked_args: list[Any]) -> Ranked:
+    inputs = [args[0] for args in ranked_args]
+    if ranked_args[0][1] != "sum":
+        raise Untracked(f"reduce-scatter by {ranked_args[0][1]}")
+    if ranked_args[0][2] != len(inputs):
+        raise ValueError(f"scatters to {ranked_args[0][2]} of {len(inputs)} ranks")
+    _same_supports(inputs)
+    total = torch.stack([_data(v) for v in inputs]).sum(0)
+    parts = total.chunk(len(inputs))
+    return [_like(v, part) for v, part in zip(inputs, parts, strict=True)]
+
+
+def _wait_tensor(ranked_args: list[Any]) -> Ranked:
+    return [args[0] for args in ranked_args]
+
+
+_COLLECTIVES: dict[Any, Callable[[list[Any]], Ranked]] = {
+    c10d.all_to_all_single: _all_to_all_single,
+    c10d.all_reduce: _all_reduce,
+    c10d.all_gather_into_tensor: _all_gather_into_tensor,
+    c10d.reduce_scatter_tensor: _reduce_scatter_tensor,
+    c10d.wait_tensor: _wait_tensor,
+}
