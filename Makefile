@@ -64,7 +64,7 @@ format: $(READY) ## Rewrite the files in the style that lint asks for
 
 types: wheel ## Check the types of the built package
 	rm -rf build/types
-	$(PY) -m pip install --quiet --no-deps --no-index --target build/types dist/*.whl
+	$(PY) -m pip install -qq --no-deps --no-index --target build/types dist/*.whl
 	cd build/types && $(PY) -m mypy --config-file $(CURDIR)/pyproject.toml -p comet_compile
 
 wheel: $(READY) ## Build the wheel into dist/
@@ -76,7 +76,7 @@ wheel: $(READY) ## Build the wheel into dist/
 package: wheel ## Install the wheel into an environment of its own and use it from another folder
 	rm -rf build/package && mkdir -p build/package/elsewhere
 	$(PY) -m venv --without-pip build/package/env
-	$(PY) -m pip --python build/package/env/bin/python install --quiet --no-deps --no-index dist/*.whl
+	$(PY) -m pip --python build/package/env/bin/python install -qq --no-deps --no-index dist/*.whl
 	@# torch comes from the first environment; a .pth folder's own .pth files are not read, so
 	@# its editable install stays out
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
@@ -90,17 +90,18 @@ current-env:
 	@[ -n "$(PY)" ] || { echo "no '$(PYTHON)' on PATH"; exit 1; }
 	@$(PY) -c 'import torch' || { echo "USE_CURRENT_ENV=1 needs a Python that has torch; $(PY) has none"; exit 1; }
 	@$(PY) -c 'import comet_compile.passes' 2>/dev/null \
-	  || $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	  || $(PY) -m pip install -qq --no-build-isolation --no-deps -e .
+	@$(PY) -c 'import comet_compile as c; print(f"using {c.__path__[0]} in $(PY)")'
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || { echo "no '$(PYTHON)' on PATH: name one with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "comet_compile needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=python3.12 ..."; exit 1; }
-	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	[ -x $(VENV)/bin/pip ] || $(PYTHON) -m venv $(VENV)
 	@if nvidia-smi -L >/dev/null 2>&1; then echo "GPU found"; else \
 	  echo "no GPU found: a CPU build of $(TORCH_SPEC) is enough; where pip knows none, PIP_ARGS names an index that has one (README, Install)"; fi
 	@# torch first and by itself: no other package may then choose a build of its own
 	@echo "installing $(TORCH_SPEC), then the rest of $(CONSTRAINTS), into $(VENV)"
-	$(PY) -m pip install --quiet $(PIP_ARGS) '$(TORCH_SPEC)'
-	$(PY) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev]'
+	$(PY) -m pip install -qq $(PIP_ARGS) '$(TORCH_SPEC)'
+	$(PY) -m pip install -qq $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@

@@ -48,6 +48,7 @@ import torch._functorch.config
 from torch._dynamo import convert_frame
 from torch._dynamo.utils import counters
 
+from comet_compile import records
 from comet_compile.config import CometConfig
 from comet_compile.errors import OptionError
 
@@ -68,7 +69,7 @@ def install() -> None:
     On a torch whose Dynamo is not built as expected, scalars are captured in the whole process
     instead (unless ``COMET_CAPTURE_SCALARS=0``), and a log line says so.
     """
-    original = getattr(convert_frame, "_compile", None)
+    original: Any = getattr(convert_frame, "_compile", None)
     if hasattr(original, "_comet_original"):
         return
     if not _is_expected(original):
@@ -79,7 +80,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Take the hook out again (for tests)."""
-    hook = getattr(convert_frame, "_compile", None)
+    hook: Any = getattr(convert_frame, "_compile", None)
     if hasattr(hook, "_comet_original"):
         convert_frame._compile = hook._comet_original
 
@@ -138,7 +139,7 @@ def _capturing(original: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return original(*args, **kwargs)
 
-        before = _Counts.now()
+        before = _Tallies.now()
         with _capturing_attempt():
             try:
                 return original(*args, **kwargs)
@@ -267,17 +268,21 @@ def _first_line(error: BaseException) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Counts:
-    """The process's compile counters at one moment."""
+class _Tallies:
+    """The process's compile counters and the open lists of graph records at one moment."""
 
-    values: dict[str, Counter[Any]]
+    counts: dict[str, Counter[Any]]
+    num_records: list[tuple[list[records.GraphRecord], int]]
 
     @classmethod
-    def now(cls) -> _Counts:
-        return cls({name: counter.copy() for name, counter in counters.items()})
+    def now(cls) -> _Tallies:
+        counts = {name: counter.copy() for name, counter in counters.items()}
+        return cls(counts, [(opened, len(opened)) for opened in records._collectors])
 
     def restore(self) -> None:
-        # in place: others hold on to the inner counters
+        # in place: others hold on to the inner counters and to the lists
         for name, counter in counters.items():
             counter.clear()
-            counter.update(self.values.get(name, {}))
+            counter.update(self.counts.get(name, {}))
+        for opened, length in self.num_records:
+            del opened[length:]

@@ -27,6 +27,7 @@ def doctor() -> None:
     """Show what this machine has: versions, GPUs, communication, caches, options."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from comet_compile.doctor import diagnose
 
@@ -40,7 +41,8 @@ def doctor() -> None:
             table.add_section()
         shown = fact.topic if fact.topic != topic else ""
         # escaping: a path or a variable may hold what rich takes for markup
-        table.add_row(shown, _plain(fact.name), _plain(fact.value, _TONES[fact.tone]))
+        # Text: a path or a variable may hold what rich takes for markup
+        table.add_row(shown, Text(fact.name), Text(fact.value, style=_TONES[fact.tone]))
         topic = fact.topic
     Console().print(table)
 
@@ -49,9 +51,7 @@ def doctor() -> None:
 @click.argument("target")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of the example input.")
 @click.option("--train/--inference", default=False, help="Training or inference (the default).")
-@click.option(
-    "--small", is_flag=True, help="Shrink a Hugging Face config to a toy."
-)
+@click.option("--small", is_flag=True, help="Shrink a Hugging Face config to a toy.")
 @click.option("--layers", type=click.IntRange(min=1), help="Layers of a Hugging Face config.")
 @click.option("--device", default=None, help="Device; default: cuda where there is one, else cpu.")
 @click.option(
@@ -77,7 +77,7 @@ def explain(
     """
     import torch
 
-    from comet_compile.explain import explain as explain_model
+    from comet_compile.explainer import explain as explain_model
     from comet_compile.targets import load_target
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,12 +96,6 @@ def explain(
         except (ImportError, OSError) as error:
             raise click.ClickException(str(error)) from error
         click.echo(f"wrote {html}", err=True)
-
-
-def _plain(text: str, style: str = "") -> object:
-    from rich.text import Text
-
-    return Text(text, style=style)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ A dump is an extra: where it cannot be written the compilation goes on, and a wa
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from comet_compile.records import GraphRecord
@@ -65,8 +66,10 @@ def trace_artifacts(record: GraphRecord) -> None:
         "comet_report": ("json", lambda: _report_json(record)),
     }
     for name, (encoding, make_payload) in artifacts.items():
-        metadata = {"name": name, "encoding": encoding}
-        trace_structured("artifact", metadata_fn=lambda m=metadata: m, payload_fn=make_payload)
+        metadata: Callable[[], dict[str, str]] = functools.partial(
+            dict, name=name, encoding=encoding
+        )
+        trace_structured("artifact", metadata_fn=metadata, payload_fn=make_payload)
 
 
 def is_tracing() -> bool:

@@ -23,6 +23,7 @@ into the result. Keeps: every computation of every graph (dead code elimination 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import re
 import warnings
@@ -56,7 +57,7 @@ def needs_repair() -> bool:
     2.11 does and 2.13 does not, both tried; 2.12 was not. There the repair is safe either way:
     in a graph of a torch that has the fix, no tensor leaves a body twice.
     """
-    return TorchVersion(torch.__version__) < (2, 13)
+    return TorchVersion(torch.__version__) < "2.13"
 
 
 def repair_autograd_functions(gm: fx.GraphModule) -> RepairReport:
@@ -95,8 +96,8 @@ class _ApplyCall:
 
     @property
     def outputs(self) -> list[Any]:
-        outputs, _ = self.forward.graph.output_node().args[0]  # type: ignore[misc]
-        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]  # type: ignore[arg-type]
+        outputs, _ = self.forward.graph.output_node().args[0]
+        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
     @property
     def gradients(self) -> list[fx.Node]:
@@ -120,7 +121,7 @@ def _apply_calls(gm: fx.GraphModule) -> Iterator[_ApplyCall]:
         for node in owner.graph.find_nodes(op="call_function", target=_APPLY):
             bodies = [_body(owner, argument) for argument in node.args[:2]]
             if all(isinstance(body, fx.GraphModule) for body in bodies):
-                yield _ApplyCall(owner, node, *bodies)  # type: ignore[arg-type]
+                yield _ApplyCall(owner, node, *bodies)
 
 
 def _body(owner: fx.GraphModule, argument: Any) -> torch.nn.Module | None:
@@ -148,9 +149,7 @@ def _loses_gradients(call: _ApplyCall) -> bool:
 
 def _getitems(call: _ApplyCall) -> list[tuple[int, fx.Node]]:
     return [
-        (int(user.args[1]), user)  # type: ignore[arg-type]
-        for user in call.node.users
-        if user.target is operator.getitem
+        (int(user.args[1]), user) for user in call.node.users if user.target is operator.getitem
     ]
 
 
@@ -169,7 +168,7 @@ def _return_each_tensor_once(call: _ApplyCall) -> bool:
 
 def _use_first_occurrences(call: _ApplyCall, origins: list[int]) -> None:
     """Let whoever reads a later occurrence of a tensor read the first one."""
-    firsts = {i: getitem for i, getitem in reversed(_getitems(call))}
+    firsts = dict(reversed(_getitems(call)))
     for i, getitem in _getitems(call):
         origin = origins[i]
         if i == origin:
@@ -192,7 +191,7 @@ def _drop_outputs(call: _ApplyCall, dropped: set[int]) -> None:
     new_index = {old: new for new, old in enumerate(kept)}
 
     output_node = call.forward.graph.output_node()
-    _, saved = output_node.args[0]  # type: ignore[misc]
+    _, saved = output_node.args[0]
     output_node.args = ((tuple(outputs[i] for i in kept), saved),)
     for i in dropped:
         call.backward.graph.erase_node(gradients[i])
@@ -202,7 +201,7 @@ def _drop_outputs(call: _ApplyCall, dropped: set[int]) -> None:
     not_differentiable = node.kwargs["non_differentiable_idx"]
     node.kwargs = {
         **node.kwargs,
-        "non_differentiable_idx": [new_index[i] for i in not_differentiable if i in new_index],  # type: ignore[union-attr]
+        "non_differentiable_idx": [new_index[i] for i in not_differentiable if i in new_index],
     }
     values = node.meta.get("example_value")
     if isinstance(values, tuple | list) and len(values) == len(outputs):
@@ -221,6 +220,7 @@ def _source_place(node: fx.Node) -> str:
     return f"{path}:{line} in {function}"
 
 
+@functools.cache  # once per place: torch clears the registry in which `warnings` keeps this
 def _warn(place: str) -> None:
     warnings.warn(
         f"{place}: torch {torch.__version__} silently computes wrong gradients for the "

@@ -29,6 +29,7 @@ _NOTHING_COMPILED = (
     "torch.compile made no graph at all: it may be switched off (TORCH_COMPILE_DISABLE, "
     "torch.compiler.set_stance), or the call may have no tensor work in it."
 )
+_SHOWN_ELSEWHERE = ("path", "form")  # the columns status and family
 # `File "a/b.py", line 3, in f` and `a/b.py:3` are the two spellings of a place in this package
 _PLACE = re.compile(
     r'File "(?P<quoted>[^"]+)", line (?P<quoted_line>\d+)|(?P<path>[^\s:"]+\.\w+):(?P<line>\d+)'
@@ -117,10 +118,9 @@ def advice_for(reason: str | None) -> str:
     # in the function: a report is readable where the passes (and torch) do not import
     try:
         from comet_compile.passes.reasons import RejectReason
-
-        return RejectReason(reason).advice
-    except (ImportError, ValueError):
+    except ImportError:
         return ""
+    return next((member.advice for member in RejectReason if member.value == reason), "")
 
 
 def short_place(where: str) -> str:
@@ -137,6 +137,8 @@ def short_plan(plan: Mapping[str, Any], max_chars: int = 60) -> str:
     """Return the first entries of `plan` that fit: names as they are, numbers with their key."""
     entries = []
     for key, value in plan.items():
+        if key in _SHOWN_ELSEWHERE:
+            continue
         if isinstance(value, (bool, int, float)):
             entries.append(f"{key}={value}")
         elif isinstance(value, str) and value:

@@ -69,11 +69,13 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     regions = report.regions
     rejected = sum(region.status == "rejected" for region in regions)
     seconds = sum(graph.seconds for graph in report.graphs)
+    num_graphs, num_breaks = max(report.num_graphs, len(report.graphs)), len(report.graph_breaks)
+    tones = ("none", "bad")
     return [
         (str(len(regions) - rejected), "rewritten", "good" if len(regions) > rejected else "none"),
-        (str(rejected), "rejected", "bad" if rejected else "none"),
-        (str(max(report.num_graphs, len(report.graphs))), "graphs", "none"),
-        (str(len(report.graph_breaks)), "graph breaks", "bad" if report.graph_breaks else "none"),
+        (str(rejected), "rejected", tones[rejected > 0]),
+        (str(num_graphs), "graph" + "s" * (num_graphs != 1), "none"),
+        (str(num_breaks), "graph break" + "s" * (num_breaks != 1), tones[num_breaks > 0]),
         (f"{seconds:.2f} s", "in comet's passes", "none"),
     ]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,15 @@ _MARGIN = 14.0
 _TITLE_CHAR, _LABEL_CHAR = 7.3, 6.1  # advance of 12px and 10px monospace digits, rounded up
 _MAX_CHARS = 34
 _SWEEPS = 12
+_DTYPES = {
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float32": "f32",
+    "float64": "f64",
+    "int32": "i32",
+    "int64": "i64",
+}
+_DTYPE = re.compile(rf"\b({'|'.join(_DTYPES)})\b")
 _DROPPED_NAMESPACES = ("aten", "prims", "_c10d_functional", "_operator")
 
 
@@ -193,7 +203,13 @@ def _place(layered: _Layered, widths: Sequence[float]) -> list[float]:
 
 
 def _wanted_x(layered: _Layered, x: Sequence[float], v: int) -> float:
-    return _mean((x[n] for n in (*layered.above[v], *layered.below[v])), x[v])
+    """Return the mean x of the neighbours of `v`; bends pull each other most, to lie straight."""
+    total = mass = 0.0
+    for n in (*layered.above[v], *layered.below[v]):
+        weight = (1.0, 2.0, 8.0)[(v >= layered.num_nodes) + (n >= layered.num_nodes)]
+        total += weight * x[n]
+        mass += weight
+    return total / mass if mass else x[v]
 
 
 def _spread(
@@ -249,14 +265,15 @@ def _link_paths(
 def _labels(node: PictureNode) -> tuple[str, str]:
     """Return the two lines of a box: what it does, then its name and shape."""
     op = _short_op(node.op)
+    shape = _DTYPE.sub(lambda match: _DTYPES[match[0]], node.shape)
     if node.role in ("input", "output") or op in ("", "placeholder", "output"):
-        return _clip(node.name), _clip(node.shape)
-    return _clip(op), _clip(f"{node.name}  {node.shape}".strip())
+        return _clip(node.name), _clip(shape)
+    return _clip(op), _clip(f"{node.name}  {shape}".strip())
 
 
 def _short_op(op: str) -> str:
     """Return ``index`` for ``aten.index.Tensor``; comet's own ops keep their namespace."""
-    parts = op.removeprefix("torch.ops.").split(".")
+    parts = op.removeprefix("torch.ops.").replace("::", ".").split(".")
     if len(parts) == 3:
         del parts[2]
     if len(parts) == 2 and parts[0] in _DROPPED_NAMESPACES:

@@ -119,12 +119,16 @@ def _import(module: str) -> Any:
         loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
         return loaded
-    if os.getcwd() not in sys.path:
-        # last, so that a folder of the current directory cannot shadow an installed package
+    # only for a module that needs it: what lies in the current directory must not be found by
+    # others under the name of a package that they probe for
+    found = importlib.util.find_spec(module.partition(".")[0]) is not None
+    if not found:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if not found:
+            sys.path.remove(os.getcwd())
         raise TargetError(
             f"cannot import {module!r} ({error}); give a module that imports from the current "
             "directory, or the path of a .py file."
@@ -167,9 +171,8 @@ def _from_config(
         default = transformers.AutoConfig.for_model(model_type)
         values |= _overrides({**default.to_dict(), **values}, small=small, layers=layers)
         config = transformers.AutoConfig.for_model(model_type, **values)
-        dtype = torch.get_default_dtype() if config.dtype is None else config.dtype
-        if small:
-            dtype = torch.float32
+        # what these models are published in; a config.json that says otherwise wins
+        dtype = config.dtype or torch.bfloat16
         with torch.device("meta"):
             shape_only = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:

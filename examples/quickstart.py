@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,9 +199,9 @@ def average(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
-def train(model: nn.Module, batches: list[Tensor], backend: str | None = None) -> Run:
+def train(model: nn.Module, batches: list[Tensor], compiled: bool = False) -> Run:
     """Train `model` on `batches`, data-parallel over the processes."""
-    step = torch.compile(model, backend=backend, options=OPTIONS) if backend else model
+    step = torch.compile(model, backend="comet", options=OPTIONS) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     run: Run | None = None
     for tokens_BC in batches:
@@ -283,28 +284,25 @@ def show(console: Console, comet: Run, eager: Run, checks: list[list[Check]]) ->
 
 
 def run_model(
-    name: str, build: Callable[[], nn.Module], backend: str, num_steps: int, device: torch.device
+    name: str, build: Callable[[], nn.Module], num_steps: int, device: torch.device
 ) -> bool:
     """Train and compare one model; return whether it was rewritten and every bound holds."""
     console = Console(quiet=dist.get_rank() != 0, width=100, highlight=False)
     batches = make_batches(num_steps, device)
     exact = train(make_model(build, torch.float32, device), batches)
     eager = train(make_model(build, torch.bfloat16, device), batches)
-    comet = train(make_model(build, torch.bfloat16, device), batches, backend=backend)
+    comet = train(make_model(build, torch.bfloat16, device), batches, compiled=True)
 
     checks: list[list[Check]] = [[]] * dist.get_world_size()
     dist.all_gather_object(checks, compare(comet, eager, exact))
     console.rule(name)
     show(console, comet, eager, checks)
-    ok = all(c.holds for of_rank in checks for c in of_rank)
-
-    if backend == "comet":
-        report = comet_compile.explain(make_model(build, torch.bfloat16, device), batches[0])
-        console.print(str(report), markup=False)
-        if not any(region.status != "rejected" for region in report.regions):
-            console.print(f"{name}: no region was rewritten")
-            ok = False
-    return ok
+    report = comet_compile.explain(make_model(build, torch.bfloat16, device), batches[0])
+    console.print(str(report), markup=False, soft_wrap=True)
+    if all(region.status == "rejected" for region in report.regions):
+        console.print(f"{name}: no region was rewritten")
+        return False
+    return all(c.holds for of_rank in checks for c in of_rank)
 
 
 def worker(rank: int, args: argparse.Namespace, world_size: int, port: int) -> None:
@@ -315,13 +313,15 @@ def worker(rank: int, args: argparse.Namespace, world_size: int, port: int) -> N
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)  # the processes share the cores
+    # about a cached function inside transformers, said once per process by any backend
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size
     )
     try:
         results = [
-            run_model(name, build, args.backend, args.steps, device)
+            run_model(name, build, args.steps, device)
             for name, build in MODELS.items()
             if args.only.lower() in name.lower()
         ]
@@ -337,7 +337,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="training steps per model")
     parser.add_argument("--only", default="", help="only models whose name contains this")
-    parser.add_argument("--backend", default="comet", help="backend of torch.compile to compare")
     parser.add_argument("--dump", default="comet_dump", help="folder for the graphs")
     args = parser.parse_args()
 

@@ -114,7 +114,7 @@ class Activation:
             return self._function(gate)
         gate, up = self._clamp(gate, up)
         if self.kind == "swiglu_oai":
-            return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+            return (up + 1) * (gate * torch.sigmoid(gate * self._slope))
         return self._function(gate) * up
 
     def backward(
@@ -126,10 +126,10 @@ class Activation:
         raw_gate, raw_up = gate, up
         gate, up = self._clamp(gate, up)
         if self.kind == "swiglu_oai":
-            sigmoid = torch.sigmoid(gate * self.alpha)
+            sigmoid = torch.sigmoid(gate * self._slope)
             d_up = d_h * (gate * sigmoid)
             # d/dg [g * s(a g)] = s * (1 + a g (1 - s))
-            slope = sigmoid * (1 + gate * self.alpha * (1 - sigmoid))
+            slope = sigmoid * (1 + gate * self._slope * (1 - sigmoid))
             d_gate = d_h * (up + 1) * slope
         else:
             d_up = d_h * self._function(gate)
@@ -138,6 +138,11 @@ class Activation:
             d_gate = torch.where(raw_gate <= self.limit, d_gate, 0)
             d_up = torch.where(raw_up.abs() <= self.limit, d_up, 0)
         return d_gate, d_up
+
+    @property
+    def _slope(self) -> float:
+        assert self.alpha is not None
+        return self.alpha
 
     def _clamp(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         if self.limit is None:

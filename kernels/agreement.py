@@ -66,6 +66,10 @@ class Agreements:
         _handshake(text, number, group, self._seconds(group))
         state.agreed.add(text)
 
+    def num_handshakes(self, group: dist.ProcessGroup) -> int:
+        """How many plans this process has put to `group` so far."""
+        return self._groups[group].num_handshakes if group in self._groups else 0
+
     def _seconds(self, group: dist.ProcessGroup) -> float:
         if self._timeout is not None:
             return self._timeout

@@ -187,9 +187,9 @@ class RoutingCodec:
 
     def pack(self, ids_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
         """Return [T, bytes]. Ids stay global: the receiver knows its own first expert."""
-        parts = [ids_TA.contiguous().view(torch.uint8)]
+        parts = [_reinterpret(ids_TA, torch.uint8)]
         if weights_TA is not None:
-            parts.append(weights_TA.contiguous().view(torch.uint8))
+            parts.append(_reinterpret(weights_TA, torch.uint8))
         return torch.cat(parts, dim=1)
 
     def unpack(
@@ -197,10 +197,15 @@ class RoutingCodec:
     ) -> tuple[Tensor, Tensor | None]:
         """Return (local ids [R, A], weights [R, A]); ids of other ranks fall out of range."""
         id_bytes = self.top_k * ids_dtype.itemsize
-        ids = packed[:, :id_bytes].contiguous().view(ids_dtype) - rank * self.num_local_experts
+        ids = _reinterpret(packed[:, :id_bytes], ids_dtype) - rank * self.num_local_experts
         if self.weights_dtype is None:
             return ids, None
-        return ids, packed[:, id_bytes:].contiguous().view(self.weights_dtype)
+        return ids, _reinterpret(packed[:, id_bytes:], self.weights_dtype)
+
+
+def _reinterpret(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    # Not contiguous(): it keeps any stride of a dim of size 1, and view looks at those too.
+    return rows.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _destination_ranks(ids_TA: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:

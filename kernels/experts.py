@@ -125,20 +125,18 @@ def experts_backward(
     h_VI = act.apply(gate_VI, lin_VI)
 
     d_h_VI = grouped_mm(d_out_VH, params.w_out.transpose(1, 2), slots)
-    d_scale_V = None
-    d_out_bias_VH = d_out_VH
+    d_scale_V, d_out_bias_VH = None, d_out_VH
     if math.weight_place != "before" and scale_V is not None:
         if needs.weights:
             d_scale_V = _row_dot(d_h_VI, h_VI)
         # w * (h @ w_out) == (w * h) @ w_out: "after" shares the formulas of "between", on rows of
         # I instead of H columns and without computing the expert's output again.
-        if math.weight_place == "after":
+        d_h_VI, h_VI = math.scale(d_h_VI, scale_V), math.scale(h_VI, scale_V)
+        if math.weight_place == "after" and params.b_out is not None:
             d_out_bias_VH = math.scale(d_out_VH, scale_V)
-            if needs.weights and params.b_out is not None:
+            if d_scale_V is not None:
                 bias_VH = params.b_out.index_select(0, slots.expert_index_V)
                 d_scale_V = d_scale_V + _row_dot(d_out_VH, bias_VH)
-        d_h_VI = math.scale(d_h_VI, scale_V)
-        h_VI = math.scale(h_VI, scale_V)
 
     d_gate_VI, d_lin_VI = act.backward(d_h_VI, gate_VI, lin_VI)
     d_pre_VN, *rest = act.join(d_gate_VI, d_lin_VI, fused=params.w_up is None)
@@ -163,8 +161,7 @@ def weight_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return (d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out) over the rows of all parts.
 
-    One product over all rows, not one per part: partial sums of bf16 gradients would lose bits,
-    and the same bits come out however many chunks the tokens were cut in.
+    One product over all rows, not one per part: sums of partial bf16 gradients would lose bits.
     """
     rows = parts[0] if len(parts) == 1 else _merge(parts)
     slots = rows.slots

@@ -308,7 +308,8 @@ def _agreed_group(
     facts: dict[str, Any],
 ) -> dist.ProcessGroup:
     """Return the process group, once its ranks are known to run the same plan."""
-    group = _resolve_process_group(group_name)
+    name: Any = group_name  # newer torch has a NewType for it
+    group = _resolve_process_group(name)
     plan = {
         "op": op,
         "form": form,

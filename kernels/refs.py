@@ -11,6 +11,7 @@ of the in-projection (2I when gate and up are fused, else I), R rows of one expe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,15 +93,9 @@ def moe_layer_backward_ref(
             None if t is None else t.detach().to(dtype).requires_grad_(need)
             for t, need in zip(given, needs, strict=True)
         ]
-        leaf_x, leaf_weights, *leaf_params = leaves
-        y = moe_layer_ref(
-            leaf_x,
-            ids,
-            leaf_weights,
-            *leaf_params,
-            activation=activation,
-            weight_place=weight_place,
-        )
+        # positional, as in the signature, with ids back in their place
+        layer: list[Any] = [leaves[0], ids, *leaves[1:]]
+        y = moe_layer_ref(*layer, activation=activation, weight_place=weight_place)
     asked = [t for t in leaves if t is not None and t.requires_grad]
     grads = _grad_or_zeros(y, asked, grad_y.to(dtype))
     empty = x.new_empty(0, dtype=dtype)
@@ -112,9 +107,7 @@ def moe_layer_backward_ref(
 def _grad_or_zeros(y: Tensor, leaves: list[Tensor], grad_y: Tensor) -> list[Tensor]:
     if not y.requires_grad:  # not a single row was routed
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(
-        torch.autograd.grad(y, leaves, grad_y, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(y, leaves, grad_y, allow_unused=True, materialize_grads=True))
 
 
 def _linear(row_RK: Tensor, w_KN: Tensor, bias_LN: Tensor | None, expert: int) -> Tensor:

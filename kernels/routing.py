@@ -51,8 +51,8 @@ class SortedSlots:
     @functools.cached_property
     def expert_index_V(self) -> Tensor:
         """`expert_V` made safe to index [L] tables with; rows without an expert read the last."""
-        last = self.ends_L.shape[0] - 1
-        return self.expert_V if self.exact else self.expert_V.clamp(max=last)
+        # Also when exact: the "fake" process group delivers ids that nobody sent.
+        return self.expert_V.clamp(max=self.ends_L.shape[0] - 1)
 
     def zero_strays(self, rows: Tensor) -> Tensor:
         """Return `rows` [V] or [V, ...] with the rows that have no expert set to zero."""

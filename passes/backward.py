@@ -32,7 +32,7 @@ from comet_compile.passes.graph_view import (
     val,
 )
 from comet_compile.passes.instance import Instance, close
-from comet_compile.passes.probe import Probe, Support, Value
+from comet_compile.passes.probe import Probe, Untracked, Value, make, restrict
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.simulate import Failed, run
@@ -278,26 +278,15 @@ def _on_columns(value: Value, columns: Columns) -> Tensor | None:
     lead = value.ndim - len(columns)
     if any(value.supports[:lead]):
         return None
-    data, supports = value.data, list(value.supports)
+    current: Value = value
     for offset, (cols, size) in enumerate(columns):
         dim = lead + offset
-        support = supports[dim]
-        if support is None or support.size != size:
+        if not isinstance(current, Probe) or current.supports[dim] is None:
             return None
-        data = _widened(data, dim, support, cols)
-        if data is None:
+        try:
+            data = restrict(current, dim, cols, size)
+        except Untracked:
             return None
-    return data
-
-
-def _widened(data: Tensor, dim: int, support: Support, cols: tuple[int, ...]) -> Tensor | None:
-    """`data` on exactly `cols`: untracked ones are zeros if the support says so."""
-    place = {col: i for i, col in enumerate(support.cols)}
-    missing = [col for col in cols if col not in place]
-    if missing and not support.zero:
-        return None
-    parts = [
-        data.select(dim, place[col]) if col in place else torch.zeros_like(data.select(dim, 0))
-        for col in cols
-    ]
-    return torch.stack(parts, dim)
+        rest = (*current.supports[:dim], None, *current.supports[dim + 1 :])
+        current = make(data, rest)
+    return current.data if isinstance(current, Probe) else current

@@ -26,6 +26,7 @@ from torch import fx
 
 from comet_compile.passes.graph_view import (
     ancestors,
+    descendants,
     is_collective,
     is_float,
     is_integer,
@@ -98,6 +99,9 @@ class Candidate:
     biases: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     top_k: int
+
+    def __str__(self) -> str:
+        return f"{self.y.name} = moe({self.x.name}, {self.ids.name}, {self.weights})"
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -377,8 +381,10 @@ def _cuts(
     choices: list[fx.Node | None] = [None, *(n for n in slots if is_float(n))]
     experts = pair.out.num_experts
     for ids in (n for n in slots if is_integer(n)):
+        # weights that follow from the ids were permuted by them: no longer one per slot
+        permuted = descendants([ids])
         for weights in choices:
-            if weights is not None and slots[weights] != slots[ids]:
+            if weights is not None and (slots[weights] != slots[ids] or weights in permuted):
                 continue
             cut = stops | {ids} | ({weights} if weights is not None else set())
             closed = _close(y, cut, experts)

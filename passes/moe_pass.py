@@ -177,17 +177,19 @@ class _Session:
                 return refusal or candidate
             layer = prove(candidate, self.config.max_proof_rows, group_size)
             if isinstance(layer, Rejection):
-                log.debug("comet: %s refused: %s", candidate.y.name, layer)
+                log.debug("comet: %s refused: %s", candidate, layer)
                 refusal = _more_telling(refusal, layer)
                 continue
             gradients = find_gradients(layer, self.graph, backward) if backward else None
             if isinstance(gradients, Gradients) and not self.config.backward:
                 return Rejection(RejectReason.BACKWARD_DISABLED, f"{candidate.y.name} is trained")
             if isinstance(gradients, Rejection):
+                log.debug("comet: %s refused: %s", candidate, gradients)
                 refusal = _more_telling(refusal, gradients)
                 continue
             stuck = blocked(layer, gradients, backward)
             if stuck is not None:
+                log.debug("comet: %s refused: %s", candidate, stuck)
                 refusal = _more_telling(refusal, stuck)
                 continue
             return layer, gradients

@@ -84,21 +84,28 @@ def normalize_dim(dim: int, ndim: int) -> int:
 
 
 def restrict(value: Value, dim: int, cols: tuple[int, ...], size: int) -> torch.Tensor:
-    """Data of `value` on `cols` of `dim` (a dimension of real size `size`, or 1: broadcast)."""
+    """Data of `value` on `cols` of `dim` (a dimension of real size `size`, or 1: broadcast).
+
+    Columns that `value` does not track are zeros if its support says so, else an error.
+    """
     data = value.data if isinstance(value, Probe) else value
     support = support_of(value, dim)
-    if support is not None:
-        if support.size != size:
-            raise Untracked(f"sizes {support.size} and {size} meet in one dimension")
-        if support.cols == cols:
+    if support is None:
+        if data.shape[dim] == 1 and size != 1:
             return data
-        positions = {col: i for i, col in enumerate(support.cols)}
-        return data.index_select(dim, torch.tensor([positions[col] for col in cols]))
-    if data.shape[dim] == 1 and size != 1:
+        if data.shape[dim] != size:
+            raise Untracked(f"sizes {data.shape[dim]} and {size} meet in one dimension")
+        return data.index_select(dim, torch.tensor(cols, dtype=torch.int64))
+    if support.size != size:
+        raise Untracked(f"sizes {support.size} and {size} meet in one dimension")
+    if support.cols == cols:
         return data
-    if data.shape[dim] != size:
-        raise Untracked(f"sizes {data.shape[dim]} and {size} meet in one dimension")
-    return data.index_select(dim, torch.tensor(cols, dtype=torch.int64))
+    place = {col: i for i, col in enumerate(support.cols)}
+    if not support.zero and not set(cols) <= set(place):
+        raise Untracked("reads columns that are not tracked")
+    positions = torch.tensor([place.get(col, len(place)) for col in cols], dtype=torch.int64)
+    zeros = data.new_zeros([1 if d == dim else s for d, s in enumerate(data.shape)])
+    return torch.cat([data, zeros], dim).index_select(dim, positions)
 
 
 def zero_outside(value: Value, dim: int) -> bool:
@@ -115,40 +122,36 @@ def zero_outside(value: Value, dim: int) -> bool:
 def common_support(values: Sequence[Value], dims: Sequence[int]) -> Support | None:
     """The columns that all `values` know along their `dims`; None if none of them is partial.
 
-    `zero` is set when every value is zero outside.
+    A value that is zero outside its columns knows every column. `zero` is set when every value
+    is zero outside.
     """
     partial = [s for v, d in zip(values, dims, strict=True) if (s := support_of(v, d))]
     if not partial:
         return None
     size = partial[0].size
-    cols = set(partial[0].cols)
-    for support in partial[1:]:
-        if support.size != size:
-            raise Untracked(f"sizes {size} and {support.size} meet in one dimension")
-        cols &= set(support.cols)
+    if any(support.size != size for support in partial):
+        raise Untracked(f"sizes {sorted({s.size for s in partial})} meet in one dimension")
+    known = [set(support.cols) for support in partial if not support.zero]
+    cols = set.intersection(*known) if known else {c for s in partial for c in s.cols}
     zero = all(zero_outside(v, d) for v, d in zip(values, dims, strict=True))
     return Support(size, tuple(sorted(cols)), zero)
 
 
 def contraction(left: Value, left_dim: int, right: Value, right_dim: int) -> Support | None:
-    """The columns over which a product of `left` and `right` may be summed exactly.
-
-    A column that only one side tracks (or neither) must be zero on an untracked side.
-    """
-    a, b = support_of(left, left_dim), support_of(right, right_dim)
-    if a is None and b is None:
+    """The columns over which a product of `left` and `right` may be summed exactly: every other
+    product must have a factor that is known to be zero."""
+    sides = [support_of(left, left_dim), support_of(right, right_dim)]
+    partial = [s for s in sides if s is not None]
+    if not partial:
         return None
     common = common_support([left, right], [left_dim, right_dim])
     assert common is not None
-    kept = set(common.cols)
-    a_cols = set(a.cols) if a else set(range(common.size))
-    b_cols = set(b.cols) if b else set(range(common.size))
-    a_zero, b_zero = a is not None and a.zero, b is not None and b.zero
-    if (a_cols - kept and not b_zero) or (b_cols - kept and not a_zero):
-        raise Untracked("contracts over columns that are not tracked")
-    if len(a_cols | b_cols) < common.size and not (a_zero or b_zero):
-        raise Untracked("contracts over columns that are not tracked")
-    return common
+    zeros = [s for s in partial if s.zero]
+    if len(zeros) == len(partial):
+        return common
+    if len(zeros) == 1 and set(zeros[0].cols) <= set(common.cols):
+        return zeros[0]
+    raise Untracked("contracts over columns that are not tracked")
 
 
 def contract_pair(

@@ -266,6 +266,14 @@ def _result_is_zero(name: str, flags: list[bool | None]) -> bool:
     return name in _ZERO_IF_ALL and len(tensors) == len(flags) and all(tensors)
 
 
+def _is_zero_operand(value: Value, dim: int | None) -> bool:
+    """Whether an operand is zero outside its columns; one that broadcasts (dim None) is one
+    number there."""
+    if dim is not None:
+        return zero_outside(value, dim)
+    return isinstance(value, torch.Tensor) and not bool(value.any())
+
+
 def _pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     """Apply a broadcasting elementwise operation to the columns that all its operands track."""
     operands = [a for a in args if isinstance(a, (Probe, torch.Tensor))]
@@ -296,8 +304,7 @@ def _pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Va
         count = 0
         for arg in args:
             if isinstance(arg, (Probe, torch.Tensor)):
-                spans = count in positions
-                flags.append(spans and zero_outside(operands[count], positions[count]))
+                flags.append(_is_zero_operand(operands[count], positions.get(count)))
                 count += 1
             elif isinstance(arg, (int, float)) and not isinstance(arg, bool):
                 flags.append(None)
@@ -529,31 +536,20 @@ def _cat(values: Sequence[Value], dim: int = 0) -> Value:
     return make(torch.cat(parts, dim), (*supports[:dim], joined, *supports[dim + 1 :]))
 
 
-def _aligned(
-    values: Sequence[Value], skip: int, *, first: int = 0
-) -> tuple[list[torch.Tensor], Supports]:
+def _aligned(values: Sequence[Value], skip: int) -> tuple[list[torch.Tensor], Supports]:
     """Restrict tensors of one rank to common columns in every dimension but `skip`.
 
-    Dimensions below `first` are left alone. The supports returned have None at `skip`.
+    The supports returned have None at `skip`.
     """
-    ndim = values[0].ndim
+    dims = [d for d in range(values[0].ndim) if d != skip]
+    # agree on every dimension before any is cut: a constant is only recognised while whole
+    commons = {d: common_support(values, [d] * len(values)) for d in dims}
     currents = list(values)
-    supports: list[Support | None] = []
-    for dim in range(ndim):
-        if dim == skip or dim < first:
-            supports.append(None)
-            continue
-        common = common_support(currents, [dim] * len(currents))
-        supports.append(common)
-        if common is None:
-            continue
-        for i, current in enumerate(currents):
-            own = list(current.supports) if isinstance(current, Probe) else [None] * ndim
-            own[dim] = common
-            data = restrict(current, dim, common.cols, common.size)
-            currents[i] = make(data, tuple(own))
+    for dim, common in commons.items():
+        if common is not None:
+            currents = [_restricted(current, dim, common) for current in currents]
     datas = [c.data if isinstance(c, Probe) else c for c in currents]
-    return datas, tuple(supports)
+    return datas, tuple(commons.get(d) for d in range(values[0].ndim))
 
 
 # -- gathers and scatters ---------------------------------------------------------------------
@@ -581,30 +577,25 @@ def _index_put(
 ) -> Value:
     if any(isinstance(i, Probe) or i is None for i in indices):
         raise Untracked("writes at rows' values or behind a full dimension")
-    lead = _num_indexed(indices)
-    base_tail = base.ndim - lead
-    supports: list[Support | None] = [None] * base.ndim
-    for back in range(1, base_tail + 1):
-        dim = base.ndim - back
-        operands, dims = [base], [dim]
+    # agree on every dimension before any is cut: a constant is only recognised while whole
+    commons: dict[int, Support] = {}
+    for back in range(1, base.ndim - _num_indexed(indices) + 1):
+        spans = back <= values.ndim and shape_of(values)[-back] != 1
+        operands = [base, values] if spans else [base]
+        common = common_support(operands, [o.ndim - back for o in operands])
+        if common is not None:
+            commons[back] = common
+    covered = {values.ndim - back for back in commons}
+    if any(support_of(values, d) and d not in covered for d in range(values.ndim)):
+        raise Untracked("scatters columns into rows")
+    for back, common in commons.items():
+        base = _restricted(base, base.ndim - back, common)
         if back <= values.ndim and shape_of(values)[-back] != 1:
-            operands.append(values)
-            dims.append(values.ndim - back)
-        common = common_support(operands, dims)
-        supports[dim] = common
-        if common is None:
-            continue
-        base = _restricted(base, dim, common)
-        if len(operands) == 2:
-            values = _restricted(values, dims[1], common)
+            values = _restricted(values, values.ndim - back, common)
     base_data = base.data if isinstance(base, Probe) else base
     values_data = values.data if isinstance(values, Probe) else values
-    if any(s for s in (values.supports if isinstance(values, Probe) else ()) if s) and not any(
-        supports
-    ):
-        raise Untracked("scatters columns into rows")
     out = aten.index_put(base_data.clone(), list(indices), values_data, accumulate)
-    return make(out, tuple(supports))
+    return make(out, tuple(commons.get(base.ndim - dim) for dim in range(base.ndim)))
 
 
 def _num_indexed(indices: Sequence[torch.Tensor | None]) -> int:

@@ -203,7 +203,9 @@ def _bias_roles(candidate: Candidate) -> Roles:
     for table in candidate.biases:
         own = descendants([table]) & inside
         meets = [min((order[n] for n in own & r), default=1 << 60) for r in reached]
-        roles[names[meets.index(min(meets))]] = table
+        # what follows the out-projection follows the in-projection too: the last one counts
+        last = max(i for i, place in enumerate(meets) if place == min(meets))
+        roles[names[last]] = table
     return Roles(**roles)
 
 

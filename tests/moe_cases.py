@@ -136,9 +136,7 @@ def token_loop(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), dict(zip(leaves, grads, strict=True))
 
 
-def _one_row(
-    case: Case, leaves: dict[str, Tensor], token: int, choice: int, expert: int
-) -> Tensor:
+def _one_row(case: Case, leaves: dict[str, Tensor], token: int, choice: int, expert: int) -> Tensor:
     def weighted(row: Tensor, place: str, dtype: torch.dtype) -> Tensor:
         if case.weight_place != place or case.weights is None:
             return row

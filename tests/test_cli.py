@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from comet_compile import __version__, doctor, targets
+from comet_compile import __version__, doctor, explainer, targets
 from comet_compile.cli import main
 from comet_compile.targets import TargetError, load_target
 
@@ -52,18 +51,16 @@ def load(name: str, **changes: Any) -> targets.Target:
 
 
 @pytest.fixture
-def explained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """Replace the compilation by a hand-made report; yields (model, args, kwargs, grad mode)."""
+def explained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Replace the compilation by a hand-made report; return its (model, args, kwargs, grad)."""
     calls: list[tuple[Any, ...]] = []
 
     def explain(model: Any, /, *args: Any, **kwargs: Any) -> Any:
         calls.append((model, args, kwargs, torch.is_grad_enabled()))
         return hand_made.report()
 
-    import comet_compile.explain
-
-    monkeypatch.setattr(comet_compile.explain, "explain", explain)
-    yield calls
+    monkeypatch.setattr(explainer, "explain", explain)
+    return calls
 
 
 def test_version_and_help() -> None:

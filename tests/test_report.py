@@ -106,7 +106,7 @@ def test_short_place(where: str, short: str) -> None:
 
 
 def test_short_plan_drops_whole_entries() -> None:
-    plan = {"activation": "silu_glu", "dtype": "torch.float32", "chunks": 2, "none": None}
+    plan = {"form": "local", "act": "silu_glu", "t": "torch.float32", "chunks": 2, "none": None}
     assert short_plan(plan) == "silu_glu, float32, chunks=2"
     assert short_plan(plan, 22) == "silu_glu, float32, ..."
     assert short_plan({}) == ""

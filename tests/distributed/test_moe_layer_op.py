@@ -1,7 +1,7 @@
 """comet::moe_layer over gloo: every rank's outputs and gradients against the unsharded layer.
 
-Starting processes costs seconds, so each world size starts once, runs all cases, and the tests look
-at what came back.
+Starting processes costs seconds, so three start once, run everything in a group of three and in a
+group of two of them, and the tests look at what came back.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from distributed.gloo import run_ranks
 from moe_cases import GRAD_NAMES, Case, make_case, token_loop
 from numerics import assert_matches_ref
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from comet_compile.errors import PeerTimeoutError, PlanMismatchError
 from comet_compile.kernels import exchange, ops  # noqa: F401, ops registers the ops
 from comet_compile.kernels.agreement import AGREEMENTS
 
 LOCAL_EXPERTS = 3
-# tokens of each rank, by world size
+# tokens of each rank, by the size of the group
 TOKENS = {2: [7, 4], 3: [5, 0, 9]}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -42,11 +44,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "f32_out": {"dtype": torch.bfloat16, "out_dtype": torch.float32},
     "int32_ids": {"ids_dtype": torch.int32},
+    "top_1": {"top_k": 1},
     "one_rank_receives_nothing": {"ids_to": "first_rank"},
     "all_to_one_expert": {"ids_to": "last_expert"},
     "every_id_out_of_range": {"ids_to": "nowhere"},
     "repeated_in_a_row": {"ids_to": "pairs"},
 }
+REPEATED = ("bf16", "permuted_f32", "biases_after")
 
 
 def build_case(name: str, world_size: int) -> Case:
@@ -54,7 +58,7 @@ def build_case(name: str, world_size: int) -> Case:
     options = dict(CASES[name])
     ids_to = options.pop("ids_to", None)
     num_experts = LOCAL_EXPERTS * world_size
-    shape = (sum(TOKENS[world_size]), 3)
+    shape = (sum(TOKENS[world_size]), options.pop("top_k", 3))
     generator = torch.Generator().manual_seed(1)
     if ids_to == "first_rank":
         options["ids"] = torch.randint(0, LOCAL_EXPERTS, shape, generator=generator)
@@ -90,9 +94,9 @@ def shard(case: Case, rank: int, world_size: int, form: str) -> Case:
     return dataclasses.replace(case, **changes)
 
 
-def run_op(case: Case, form: str, save: str = "nothing") -> list[Tensor]:
+def run_op(case: Case, form: str, group: dist.ProcessGroup, save: str = "nothing") -> list[Tensor]:
     """Return [y, gradients ...] of this rank."""
-    where = {"form": form, "group_name": dist.group.WORLD.group_name}
+    where = {"form": form, "group_name": group.group_name}
     y, saved, token = torch.ops.comet.moe_layer(
         *case.tensors(), None, **case.options(), out_dtype=case.out_dtype, save=save, **where
     )
@@ -104,36 +108,103 @@ def run_op(case: Case, form: str, save: str = "nothing") -> list[Tensor]:
 
 
 def rank_main(rank: int, world_size: int) -> dict[Any, Any]:
+    """Everything this file wants from processes; groups of 3 and 2, the latter of ranks 1 and 2."""
     # A result that reads an uninitialised row comes out NaN.
     torch.use_deterministic_algorithms(True)
-    outcome: dict[Any, Any] = {}
-    for name in CASES:
-        case = build_case(name, world_size)
-        mine = shard(case, rank, world_size, "all_to_all")
-        outcome["all_to_all", name] = run_op(mine, "all_to_all")
-        exchange.MIN_CHUNK_BYTES, whole = 1, exchange.MIN_CHUNK_BYTES
-        outcome["chunked", name] = run_op(mine, "all_to_all")
-        exchange.MIN_CHUNK_BYTES = whole
-        mine = shard(case, rank, world_size, "replicated")
-        outcome["replicated", name] = run_op(mine, "replicated")
-        outcome["saved", name] = run_op(mine, "replicated", "pre_activation")
+    agreed = agree_often(rank)
+    pair = dist.new_group([1, 2])
+    outcome = run_cases(dist.group.WORLD)
+    outcome["agreed"] = agreed
+    if rank in (1, 2):
+        outcome |= run_cases(pair)
+        outcome["chunks"] = chunk_sizes(pair)
+        outcome["mismatch"] = mismatch(pair)
+        outcome["lost"] = lost_peer(pair)
     return outcome
 
 
-@pytest.fixture(scope="module", params=TOKENS, ids="P{}".format)
-def outcome(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
-    return run_ranks(rank_main, request.param)
+def run_cases(group: dist.ProcessGroup) -> dict[Any, Any]:
+    outcome: dict[Any, Any] = {}
+    num_ranks, rank = group.size(), group.rank()
+    for name in CASES:
+        case = build_case(name, num_ranks)
+        mine = shard(case, rank, num_ranks, "all_to_all")
+        outcome[num_ranks, "all_to_all", name] = run_op(mine, "all_to_all", group)
+        exchange.MIN_CHUNK_BYTES, whole = 1, exchange.MIN_CHUNK_BYTES
+        outcome[num_ranks, "chunked", name] = run_op(mine, "all_to_all", group)
+        if name in REPEATED:
+            outcome[num_ranks, "again", name] = run_op(mine, "all_to_all", group)
+        exchange.MIN_CHUNK_BYTES = whole
+        mine = shard(case, rank, num_ranks, "replicated")
+        outcome[num_ranks, "replicated", name] = run_op(mine, "replicated", group)
+        outcome[num_ranks, "saved", name] = run_op(mine, "replicated", group, "pre_activation")
+    return outcome
+
+
+def chunk_sizes(pair: dist.ProcessGroup) -> list[Any]:
+    case = shard(build_case("plain", 2), pair.rank(), 2, "all_to_all")
+    exchange.MIN_CHUNK_BYTES, whole = 1, exchange.MIN_CHUNK_BYTES
+    plan = exchange.plan_exchange(case.ids, LOCAL_EXPERTS, 64, pair)
+    exchange.MIN_CHUNK_BYTES = whole
+    return [(c.num_tokens, c.send_rows, c.recv_rows, c.recv_slots) for c in plan.chunks]
+
+
+def mismatch(pair: dist.ProcessGroup) -> str:
+    case = shard(build_case("plain", 2), pair.rank(), 2, "all_to_all")
+    case.activation = ["sigmoid_glu", "gelu_glu"][pair.rank()]
+    with pytest.raises(PlanMismatchError) as caught:
+        run_op(case, "all_to_all", pair)
+    return str(caught.value)
+
+
+def lost_peer(pair: dist.ProcessGroup) -> tuple[str, float]:
+    if pair.rank() == 1:
+        return "", 0.0
+    AGREEMENTS.set_timeout(0.5)
+    start = time.monotonic()
+    with pytest.raises(PeerTimeoutError) as caught:
+        AGREEMENTS.agree({"op": "only on one rank"}, pair)
+    AGREEMENTS.set_timeout(None)
+    return str(caught.value), time.monotonic() - start
+
+
+def agree_often(rank: int) -> int:
+    # Disjoint groups of different sizes, each made by its members alone. torch names such groups by
+    # how many the process has, so this comes before ranks differ in that.
+    members = [[0, 1], [0, 1], [2]][rank]
+    group = dist.new_group(members, use_local_synchronization=True)
+    before = AGREEMENTS.num_handshakes(dist.group.WORLD)
+    for plan in ("a", "b", "a", "b"):
+        AGREEMENTS.agree({"plan": plan, "members": members}, group)
+        AGREEMENTS.agree({"plan": plan}, dist.group.WORLD)
+    return AGREEMENTS.num_handshakes(dist.group.WORLD) - before
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[dict[Any, Any]]:
+    return run_ranks(rank_main, 3, timeout=240)
+
+
+@pytest.fixture(params=TOKENS, ids="P{}".format)
+def group_outcomes(
+    request: pytest.FixtureRequest, outcomes: list[dict[Any, Any]]
+) -> list[dict[Any, Any]]:
+    """What each rank of the group of that size returned, by (form, name)."""
+    ranks = outcomes[1:] if request.param == 2 else outcomes
+    return [
+        {key[1:]: value for key, value in rank.items() if key[0] == request.param} for rank in ranks
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("form", ["all_to_all", "replicated"])
 def test_sharded_layer_matches_the_unsharded(
-    outcome: list[dict[Any, Any]], form: str, name: str
+    group_outcomes: list[dict[Any, Any]], form: str, name: str
 ) -> None:
-    case = build_case(name, len(outcome))
+    case = build_case(name, len(group_outcomes))
     ref_y, ref_grads = token_loop(case.to(torch.float64))
     eager_y, eager_grads = token_loop(case)
-    results = [ranks[form, name] for ranks in outcome]
+    results = [ranks[form, name] for ranks in group_outcomes]
     if form == "all_to_all":
         y = torch.cat([result[0] for result in results])
     else:
@@ -155,29 +226,28 @@ def test_sharded_layer_matches_the_unsharded(
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("one", "other"), [("all_to_all", "chunked"), ("replicated", "saved")])
-def test_same_bits_however_it_runs(
-    outcome: list[dict[Any, Any]], one: str, other: str, name: str
-) -> None:
-    # gloo's sum depends on nothing but the values, so this holds for the all-reduce too
-    for rank, results in enumerate(outcome):
-        for index, (a, b) in enumerate(zip(results[one, name], results[other, name], strict=True)):
-            # float sums over rows of other lengths may round in another order
-            tolerance = {} if a.dtype == torch.float64 else {"rtol": 0, "atol": 0}
-            torch.testing.assert_close(
-                a, b, **tolerance, msg=lambda m, r=rank, i=index: f"rank {r}, output {i}: {m}"
-            )
+def test_chunked_is_unchunked(group_outcomes: list[dict[Any, Any]], name: str) -> None:
+    for results in group_outcomes:
+        # torch's default bounds: matrices of other heights may be multiplied in another order
+        torch.testing.assert_close(results["chunked", name], results["all_to_all", name])
 
 
-def _chunk_sizes(rank: int, world_size: int) -> Any:
-    exchange.MIN_CHUNK_BYTES = 1
-    case = shard(build_case("plain", world_size), rank, world_size, "all_to_all")
-    plan = exchange.plan_exchange(case.ids, LOCAL_EXPERTS, 64, dist.group.WORLD)
-    return [(c.num_tokens, c.send_rows, c.recv_rows, c.recv_slots) for c in plan.chunks]
+@pytest.mark.parametrize("name", REPEATED)
+def test_chunked_gives_the_same_bits_again(group_outcomes: list[dict[Any, Any]], name: str) -> None:
+    for results in group_outcomes:
+        torch.testing.assert_close(results["again", name], results["chunked", name], rtol=0, atol=0)
 
 
-def test_a_row_crosses_to_a_rank_once() -> None:
-    sizes = run_ranks(_chunk_sizes, 2)
+@pytest.mark.parametrize("name", CASES)
+def test_saved_rows_give_the_same_bits(group_outcomes: list[dict[Any, Any]], name: str) -> None:
+    for results in group_outcomes:
+        torch.testing.assert_close(
+            results["saved", name], results["replicated", name], rtol=0, atol=0
+        )
+
+
+def test_a_row_crosses_to_a_rank_once(outcomes: list[dict[Any, Any]]) -> None:
+    sizes = [rank["chunks"] for rank in outcomes[1:]]
     case = build_case("plain", 2)
     valid = (case.ids >= 0) & (case.ids < 2 * LOCAL_EXPERTS)
     owner = torch.where(valid, case.ids // LOCAL_EXPERTS, -1)
@@ -194,73 +264,33 @@ def test_a_row_crosses_to_a_rank_once() -> None:
         first = last
 
 
-def _mismatch(rank: int, world_size: int) -> list[str]:
-    case = shard(build_case("plain", world_size), rank, world_size, "all_to_all")
-    if rank == 1:
-        case.activation = "gelu_glu"
-    subgroup = dist.new_group([0, 1])
-    errors = []
-    for group in (dist.group.WORLD, subgroup):
-        where = {"form": "all_to_all", "group_name": group.group_name, "save": "nothing"}
-        try:
-            torch.ops.comet.moe_layer(
-                *case.tensors(), None, **case.options(), out_dtype=case.out_dtype, **where
-            )
-        except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}")
-    return errors
+def test_ranks_with_different_plans_are_told_both(outcomes: list[dict[Any, Any]]) -> None:
+    for rank in outcomes[1:]:
+        assert "they differ in activation:" in rank["mismatch"]
+        assert 'ranks [0]: {"activation": "sigmoid_glu"' in rank["mismatch"]
+        assert 'ranks [1]: {"activation": "gelu_glu"' in rank["mismatch"]
 
 
-def test_ranks_with_different_plans_are_told_both() -> None:
-    for errors in run_ranks(_mismatch, 2, timeout=60):
-        assert len(errors) == 2
-        for error in errors:
-            assert error.startswith("PlanMismatchError: ranks of process group")
-            assert "they differ in activation" in error
-            assert 'ranks [0]: {"activation": "silu_glu"' in error
-            assert 'ranks [1]: {"activation": "gelu_glu"' in error
-
-
-def _lost_peer(rank: int, world_size: int) -> tuple[str, float]:
-    if rank == 1:
-        return "", 0.0
-    AGREEMENTS.set_timeout(0.5)
-    start = time.monotonic()
-    with pytest.raises(Exception, match="did not come") as caught:
-        AGREEMENTS.agree({"op": "test"}, dist.group.WORLD)
-    return f"{caught.typename}: {caught.value}", time.monotonic() - start
-
-
-def test_lost_peer_is_named_before_the_deadline_of_the_group() -> None:
-    error, seconds = run_ranks(_lost_peer, 2, timeout=60)[0]
-    assert error.startswith("PeerTimeoutError: rank 0 of process group")
-    assert "waited 0.5 s at comet handshake 0" in error
-    assert "group ranks [1] (global ranks [1])" in error
+def test_lost_peer_is_named_before_the_deadline_of_the_group(
+    outcomes: list[dict[Any, Any]],
+) -> None:
+    error, seconds = outcomes[1]["lost"]
+    assert error.startswith("rank 0 of process group")
+    assert "waited 0.5 s at comet handshake" in error
+    assert "group ranks [1] (global ranks [2])" in error
     assert seconds < 10
 
 
-def _agree_often(rank: int, world_size: int) -> int:
-    # Disjoint groups beside each other, the second with other ranks first.
-    pair = [[0, 1], [2]][rank // 2]
-    group = dist.new_group(pair, use_local_synchronization=True)
-    for plan in ("a", "b", "a", "b"):
-        AGREEMENTS.agree({"plan": plan, "pair": pair}, group)
-        AGREEMENTS.agree({"plan": plan}, dist.group.WORLD)
-    return AGREEMENTS._groups[dist.group.WORLD].num_handshakes
-
-
-def test_a_plan_is_agreed_on_once_per_group() -> None:
-    assert run_ranks(_agree_often, 3, timeout=60) == [2, 2, 2]
+def test_a_plan_is_agreed_on_once_per_group(outcomes: list[dict[Any, Any]]) -> None:
+    assert [rank["agreed"] for rank in outcomes] == [2, 2, 2]
 
 
 def test_fake_process_group_runs_without_a_handshake() -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         case = shard(build_case("biases_after", 2), 0, 2, "all_to_all")
         for form in ("all_to_all", "replicated"):
-            y, *_ = run_op(case, form)
+            y, *_ = run_op(case, form, dist.group.WORLD)
             assert y.shape == case.x.shape
     finally:
         dist.destroy_process_group()

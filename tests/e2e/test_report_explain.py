@@ -12,7 +12,7 @@ from zoo import hf
 
 import comet_compile
 from comet_compile import records
-from comet_compile.explain import explain
+from comet_compile.explainer import explain
 
 
 def publishing_backend(gm: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
@@ -88,7 +88,7 @@ def test_explain_does_not_touch_buffers_that_did_not_change() -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_explain_restores_after_an_error() -> None:
     model = Changing()
-    with pytest.raises(Exception, match="size|shape"):
+    with pytest.raises(Exception, match=r"size|shape"):
         explain(model, torch.randn(3, 5))
     assert model.replaced.item() == 0
     assert records.is_collecting() is False

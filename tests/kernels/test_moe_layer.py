@@ -98,9 +98,7 @@ def test_separate_up(activation: str, biases: bool, save: str) -> None:
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_weight_places(
-    weight_place: str, biases: bool, permuted: bool, dtype: torch.dtype
-) -> None:
+def test_weight_places(weight_place: str, biases: bool, permuted: bool, dtype: torch.dtype) -> None:
     check(make_case(weight_place=weight_place, biases=biases, permuted=permuted, dtype=dtype))
 
 

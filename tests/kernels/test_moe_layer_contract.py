@@ -164,9 +164,7 @@ def test_needs_of_wrong_length() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("rows", "num_chunks"), [(0, 1), (8191, 1), (16384, 4), (10**6, 8)]
-)
+@pytest.mark.parametrize(("rows", "num_chunks"), [(0, 1), (8191, 1), (16384, 4), (10**6, 8)])
 def test_plan_chunks_grow_with_what_is_moved(rows: int, num_chunks: int) -> None:
     plan = plan_for("all_to_all", rows=rows, hidden=2048, dtype=torch.bfloat16)
     assert plan["num_chunks"] == num_chunks

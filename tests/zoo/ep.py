@@ -178,6 +178,38 @@ class Stack(nn.Module):
         return x
 
 
+def expert_parallel_layers(model: nn.Module) -> list[ExpertParallelLayer]:
+    """Return the layers of `model` that are split over a group, in order."""
+    return [m for m in model.modules() if isinstance(m, ExpertParallelLayer)]
+
+
+def oracle_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return the single-process twin of a layer or a `Stack` of layers."""
+    if isinstance(model, Stack):
+        return Stack([layer.oracle(dtype) for layer in model.layers])
+    return model.oracle(dtype)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """Return gradients by layer number and the oracle's parameter names."""
+    found: dict[str, Tensor | None] = {}
+    for i, layer in enumerate(expert_parallel_layers(model)):
+        found[f"{i}.gate"] = layer.gate.grad
+        found |= {f"{i}.{name}": grad for name, grad in layer.expert_gradients().items()}
+    return found
+
+
+def oracle_gradients(oracle: nn.Module, model: nn.Module) -> dict[str, Tensor | None]:
+    """Return the oracle's gradients under the names of `gradients_of`, this rank's experts only."""
+    found: dict[str, Tensor | None] = {}
+    dense = [m for m in oracle.modules() if isinstance(m, DenseMoE)]
+    for i, (twin, layer) in enumerate(zip(dense, expert_parallel_layers(model), strict=True)):
+        found[f"{i}.gate"] = twin.gate.grad
+        for name in ("w_gate", "w_up", "w_down"):
+            found[f"{i}.{name}"] = getattr(twin, name).grad[layer.own]
+    return found
+
+
 def tokens(
     num_tokens: int,
     *,

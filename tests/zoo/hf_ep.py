@@ -50,6 +50,11 @@ def causal_lm(
         )
 
 
+def moe_block(name: str, ep_implementation: str = "all_reduce") -> nn.Module:
+    """Return the MoE block of `hf.moe_block(name)`, its experts split over all ranks."""
+    return hf.moe_blocks(causal_lm(name, ep_implementation))[-1]
+
+
 @contextlib.contextmanager
 def _saved_on_rank_zero(model: nn.Module) -> Iterator[str]:
     """Save `model` once (save_pretrained writes on rank 0 only) and give every rank the folder."""

@@ -33,13 +33,16 @@ def spread_ids(
 def planted_tokens(ids_TA: Tensor, num_experts: int, hidden: int, seed: int = 0) -> Tensor:
     """Return tokens [T, H] in float32 that the rows of `router_rows` send to `ids_TA` [T, A].
 
-    Row norm is about sqrt(H), logits are 0 for the experts that are not chosen and fall from
-    about sqrt(H) / 2 in steps for those that are.
+    Row norm is about sqrt(H); logits are 0 for the experts that are not chosen and clearly above
+    for those that are, with amounts of its own for every token.
     """
     num_tokens, top_k = ids_TA.shape
     generator = torch.Generator().manual_seed(seed + 7919)
     rows_EH = router_rows(num_experts, hidden)
     noise_TH = torch.randn(num_tokens, hidden, generator=generator)
     noise_TH = noise_TH - (noise_TH @ rows_EH.T) @ rows_EH
-    amounts_A = torch.linspace(1.0, 0.6, top_k) * (hidden / top_k) ** 0.5
-    return noise_TH + (amounts_A[None, :, None] * rows_EH[ids_TA]).sum(1)
+    amounts_TA = torch.linspace(1.0, 0.6, top_k) + 0.3 * torch.rand(
+        num_tokens, top_k, generator=generator
+    )
+    amounts_TA = amounts_TA * (hidden / top_k) ** 0.5
+    return noise_TH + (amounts_TA[:, :, None] * rows_EH[ids_TA]).sum(1)

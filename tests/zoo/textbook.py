@@ -60,7 +60,7 @@ class FuncolMoE(_FusedGateUp):
         received_PL = received_E.view(self.ep_size, -1)
         send = counts_E.view(self.ep_size, -1).sum(1).tolist()
         receive = received_PL.sum(1).tolist()
-        rows_RH = all_to_all_rows(rows_SH, receive, send, self.group)
+        rows_RH = self.exchange(rows_SH, send, receive)
         expert_R = (
             torch.arange(self.num_local_experts, device=rows_SH.device)
             .repeat(self.ep_size)
@@ -68,6 +68,10 @@ class FuncolMoE(_FusedGateUp):
         )
         offs_L = received_PL.sum(0).cumsum(0).to(torch.int32)
         return rows_RH, torch.argsort(expert_R, stable=True), offs_L, send, receive
+
+    def exchange(self, rows_SH: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Send every row to the rank of its expert: [S, H] -> [R, H]."""
+        return all_to_all_rows(rows_SH, receive, send, self.group)
 
     def combine(self, out_RH: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Send every row home: [R, H] -> [S, H]."""

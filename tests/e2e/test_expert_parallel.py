@@ -1,0 +1,153 @@
+"""Expert parallel layers over all-to-all, in real gloo processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.gloo import run_ranks
+from e2e import harness
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from zoo import ep, near_misses, textbook, titan
+
+LAYERS = {
+    "titan": titan.TitanMoE,
+    "funcol": textbook.FuncolMoE,
+    "in_place": textbook.InPlaceMoE,
+    "in_place_function": textbook.InPlaceFunctionMoE,
+}
+TIMEOUT = 280.0  # two processes that generate and compile C++ on a slow, shared core
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inference(name: str) -> None:
+    run_ranks(_inference, 2, name, timeout=TIMEOUT)
+
+
+def _inference(rank: int, world_size: int, name: str) -> None:
+    outcome = _compare(LAYERS[name](), rank, world_size, [16], train=False)
+    harness.assert_rewritten(outcome, 1, train=False)
+
+
+@pytest.mark.parametrize("name", ["titan", "funcol", "in_place_function"])
+def test_training(name: str) -> None:
+    run_ranks(_training, 2, name, timeout=TIMEOUT)
+
+
+def _training(rank: int, world_size: int, name: str) -> None:
+    outcome = _compare(LAYERS[name](), rank, world_size, [16], train=True)
+    harness.assert_rewritten(outcome, 1, train=True)
+
+
+def test_scores_before_experts() -> None:
+    run_ranks(_scores_before_experts, 2, timeout=TIMEOUT)
+
+
+def _scores_before_experts(rank: int, world_size: int) -> None:
+    layer = titan.TitanMoE(score_before_experts=True)
+    outcome = _compare(layer, rank, world_size, [16], train=True)
+    harness.assert_rewritten(outcome, 1, train=True)
+
+
+def test_two_layers_in_one_graph() -> None:
+    run_ranks(_two_layers, 2, timeout=TIMEOUT)
+
+
+def _two_layers(rank: int, world_size: int) -> None:
+    stack = ep.Stack([titan.TitanMoE(seed=0), titan.TitanMoE(seed=1)])
+    outcome = _compare(stack, rank, world_size, [16], train=True)
+    assert outcome.graphs == 1
+    harness.assert_rewritten(outcome, 2, train=True)
+
+
+def test_token_counts_differ_by_rank_and_step() -> None:
+    run_ranks(_token_counts, 2, timeout=TIMEOUT)
+
+
+def _token_counts(rank: int, world_size: int) -> None:
+    steps = [_tokens([16, 16]), _tokens([12, 21]), _tokens([40, 5]), _tokens([7, 30])]
+    layer = titan.TitanMoE()
+    outcome = harness.compare_with_oracle(layer, steps, rank=rank, train=True)
+    assert outcome.graphs == 2, "one static graph, one dynamic"
+    harness.assert_rewritten(outcome, 1, train=True)
+
+
+def test_a_rank_without_tokens_and_a_rank_without_rows() -> None:
+    run_ranks(_empty_ranks, 2, timeout=TIMEOUT)
+
+
+def _empty_ranks(rank: int, world_size: int) -> None:
+    first_rank_only = torch.tensor([[0, 1]]).expand(9, 2)
+    all_to_first = [ep.tokens(9, seed=peer, ids_TA=first_rank_only) for peer in range(2)]
+    steps = [_tokens([10, 10]), all_to_first, _tokens([0, 8])]
+    layer = titan.TitanMoE()
+    outcome = harness.compare_with_oracle(layer, steps, rank=rank, train=False, dynamic=True)
+    harness.assert_rewritten(outcome, 1, train=False)
+
+
+def test_subgroups_and_device_mesh() -> None:
+    run_ranks(_subgroups, 4, timeout=TIMEOUT)
+
+
+def _subgroups(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    strided = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    for layer in (
+        titan.TitanMoE(mesh["ep"]),
+        textbook.InPlaceMoE(strided[rank % 2]),
+    ):
+        place = dist.get_rank(ep.process_group(layer.group))
+        ranks = dist.get_process_group_ranks(ep.process_group(layer.group))
+        xs = [ep.tokens(10 + peer, seed=peer) for peer in ranks]
+        outcome = harness.compare_with_oracle(layer, [xs], rank=place, train=False)
+        harness.assert_rewritten(outcome, 1, train=False)
+
+
+def test_one_rank_is_a_group_too() -> None:
+    run_ranks(_inference, 1, "titan", timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("name", ["combine_on_other_group", "break_after_dispatch"])
+def test_near_miss_is_left_alone(name: str) -> None:
+    run_ranks(_near_miss, 2, name, timeout=TIMEOUT)
+
+
+def _near_miss(rank: int, world_size: int, name: str) -> None:
+    kind = near_misses.DISTRIBUTED[name]
+    layer = kind()
+    outcome = _compare(layer, rank, world_size, [16], train=False, fullgraph=kind.fullgraph)
+    harness.assert_untouched(outcome)
+    assert outcome.comet["regions_rejected"] > 0
+
+
+def test_group_that_does_not_exist() -> None:
+    run_ranks(_no_such_group, 1, timeout=TIMEOUT)
+
+
+def _no_such_group(rank: int, world_size: int) -> None:
+    layer = near_misses.NoSuchGroup()
+    x = ep.tokens(8)
+    with harness.fresh_compilation(), torch.no_grad():
+        compiled = torch.compile(layer, backend=harness.BACKEND, fullgraph=True)
+        with pytest.raises(RuntimeError, match="no_such_group"):
+            compiled(x)
+        harness.assert_untouched(harness.snapshot(compiled))
+
+
+def _compare(
+    layer: torch.nn.Module,
+    rank: int,
+    world_size: int,
+    token_counts: list[int],
+    *,
+    train: bool,
+    fullgraph: bool = True,
+) -> harness.Outcome:
+    steps = [_tokens([count] * world_size) for count in token_counts]
+    return harness.compare_with_oracle(layer, steps, rank=rank, train=train, fullgraph=fullgraph)
+
+
+def _tokens(counts: list[int]) -> list[Tensor]:
+    """Return the tokens of every rank; each count has its own seed."""
+    return [ep.tokens(count, seed=10 * peer + count) for peer, count in enumerate(counts)]
