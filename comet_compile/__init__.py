@@ -15,7 +15,7 @@ from comet_compile._version import __version__
 
 if TYPE_CHECKING:
     from comet_compile.config import CometConfig
-    from comet_compile.explain import explain
+    from comet_compile.explainer import explain
     from comet_compile.report import Report
 
 __all__ = ["CometConfig", "Report", "__version__", "explain"]
@@ -23,7 +23,7 @@ __all__ = ["CometConfig", "Report", "__version__", "explain"]
 _LAZY = {
     "CometConfig": "comet_compile.config",
     "Report": "comet_compile.report",
-    "explain": "comet_compile.explain",
+    "explain": "comet_compile.explainer",
 }
 
 

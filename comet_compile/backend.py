@@ -17,6 +17,7 @@ import torch
 from comet_compile import capture, repair
 from comet_compile.config import CometConfig
 from comet_compile.errors import OptionError
+from comet_compile.kernels.agreement import AGREEMENTS
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,15 @@ def comet(
     config, inductor_options = CometConfig.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
     if config.enabled:
+        AGREEMENTS.set_timeout(config.agreement_timeout)
         if repair.needs_repair():
-            repair.repair_inplace_collectives(gm)
+            repair.repair_autograd_functions(gm)
         patches |= _pass_patches(config, patches)
         if _has_collectives(gm):
             # the order of communication must be the graph's on every rank, whatever their sizes
             patches["reorder_for_peak_memory"] = False
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    with capture.failing_early():
+        return compile_fx(gm, example_inputs, config_patches=patches)
 
 
 comet._comet_backend = True  # type: ignore[attr-defined]

@@ -60,6 +60,7 @@ class _FreshBackend:
     def __init__(self, compiler_fn: Callable[..., Any]) -> None:
         # the name under which comet's capture hook and Dynamo look through wrappers
         self.compiler_fn = compiler_fn
+        self.__name__ = "comet"  # what Dynamo's errors call it
         self.num_graphs = 0
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -339,6 +339,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--dump", default="comet_dump", help="folder for the graphs")
     args = parser.parse_args()
+    if not any(args.only.lower() in name.lower() for name in MODELS):
+        parser.error(f"--only {args.only!r} is in none of the names {', '.join(MODELS)}")
 
     dump = Path(os.environ.setdefault("COMET_DUMP", args.dump)).resolve()
     world_size = torch.cuda.device_count() or 2

@@ -111,7 +111,7 @@ def _incoming(
         and same_size(val(n).shape[-1], y.shape[-1])
         and same_size(numel(val(n).shape), numel(y.shape))
     ]
-    yield from sorted(fitting, key=lambda n: (val(n).dtype != y.dtype, -order[n]))
+    yield from sorted(fitting, key=lambda n: (val(n).dtype != y.dtype, val(n).ndim != 2, -order[n]))
 
 
 def _pure_part(

@@ -31,6 +31,7 @@ from comet_compile.passes.graph_view import (
     is_float,
     is_integer,
     is_tensor,
+    is_value,
     numel,
     positions,
     ratio,
@@ -343,7 +344,8 @@ def _output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
     while True:
         if is_float(node) and val(node).ndim >= 2 and same_size(val(node).shape[-1], features):
             chain.append(node)
-        users = [u for u in node.users if u not in backward and u.op != "output"]
+        # a size read off the value is no use of it
+        users = [u for u in node.users if u not in backward and u.op != "output" and is_value(u)]
         if len(users) != 1 or any(u.op == "output" for u in node.users):
             break
         if getattr(users[0].target, "overloadpacket", None) not in _COMBINES:

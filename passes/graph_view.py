@@ -22,6 +22,12 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(val(node), torch.Tensor)
 
 
+def is_value(node: fx.Node) -> bool:
+    """Whether a node computes tensors, rather than a size or a check."""
+    value = val(node)
+    return isinstance(value, (torch.Tensor, tuple, list))
+
+
 def is_float(node: fx.Node) -> bool:
     return is_tensor(node) and val(node).is_floating_point()
 

@@ -15,6 +15,7 @@ h, i tracked columns of H, I.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -136,10 +137,23 @@ class Instance:
 
     def rows(self, node: fx.Node, data: Sequence[Tensor]) -> Ranked:
         """[T, h] rows of every rank as values of `node` ([.., H])."""
-        shape = self._shape(node)
+        shape = self._row_shape(node)
         support = Support(shape[-1], self.h_cols, zero=True)
         lead = (None,) * (len(shape) - 1)
         return [make(d.reshape(*shape[:-1], len(self.h_cols)), (*lead, support)) for d in data]
+
+    def _row_shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of a [.., H] value of T rows; one size may be known at run time only."""
+        sizes: list[int] = []
+        for size in val(node).shape:
+            try:
+                sizes.append(concrete(size, self.sample.symbols))
+            except ValueError:
+                sizes.append(-1)
+        known = math.prod(s for s in sizes[:-1] if s != -1)
+        if sizes.count(-1) > 1:
+            raise ValueError(f"{node.name} has several sizes known at run time only")
+        return tuple(self.sample.num_tokens // known if s == -1 else s for s in sizes)
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(concrete(size, self.sample.symbols) for size in val(node).shape)

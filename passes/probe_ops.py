@@ -114,6 +114,9 @@ def _lift(value: Any) -> Any:
 
 
 def _on_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and 0 in value.stride():
+        # functional scatters copy a broadcast base with its overlapping strides
+        return value.contiguous()
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return torch.float64
     if isinstance(value, torch.device):
@@ -536,14 +539,24 @@ def _cat(values: Sequence[Value], dim: int = 0) -> Value:
     return make(torch.cat(parts, dim), (*supports[:dim], joined, *supports[dim + 1 :]))
 
 
-def _aligned(values: Sequence[Value], skip: int) -> tuple[list[torch.Tensor], Supports]:
+def _aligned(
+    values: Sequence[Value], skip: int, carriers: Sequence[Value] | None = None
+) -> tuple[list[torch.Tensor], Supports]:
     """Restrict tensors of one rank to common columns in every dimension but `skip`.
 
-    The supports returned have None at `skip`.
+    The supports returned have None at `skip`, and are zero where all `carriers` are (default: all
+    values; indices are given as values but carry none).
     """
+    carriers = values if carriers is None else carriers
     dims = [d for d in range(values[0].ndim) if d != skip]
     # agree on every dimension before any is cut: a constant is only recognised while whole
-    commons = {d: common_support(values, [d] * len(values)) for d in dims}
+    commons: dict[int, Support | None] = {}
+    for dim in dims:
+        common = common_support(values, [dim] * len(values))
+        if common is not None:
+            zero = all(zero_outside(v, dim) for v in carriers)
+            common = Support(common.size, common.cols, zero)
+        commons[dim] = common
     currents = list(values)
     for dim, common in commons.items():
         if common is not None:
@@ -636,7 +649,7 @@ def _gather(value: Value, dim: int, index: Value, **_: Any) -> Value:
     if isinstance(index, Probe) or support_of(value, normalize_dim(dim, value.ndim)):
         raise Untracked("gathers columns")
     dim = normalize_dim(dim, value.ndim)
-    (data, index_data), supports = _aligned([value, index], skip=dim)
+    (data, index_data), supports = _aligned([value, index], skip=dim, carriers=[value])
     return make(data.gather(dim, index_data), supports)
 
 
@@ -647,7 +660,9 @@ def _scatter_handler(name: str) -> Handler:
             raise Untracked("scatters at rows' values, or a number")
         if any(support_of(v, dim) for v in (base, source)):
             raise Untracked("scatters columns")
-        (base_data, index_data, source_data), supports = _aligned([base, index, source], skip=dim)
+        (base_data, index_data, source_data), supports = _aligned(
+            [base, index, source], skip=dim, carriers=[base, source]
+        )
         return make(getattr(base_data, name)(dim, index_data, source_data), supports)
 
     return handler

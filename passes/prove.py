@@ -11,8 +11,9 @@ Steps
    function between the projections.
 4. Prove: interpret the region on all chosen routings and sizes, for all ranks, and compare every
    row of every rank with the op's own definition.
-5. Ids out of range: the op drops them; the region must too, unless the graph shows that they
-   cannot occur or the region reads unwritten memory for them.
+5. Unusual ids: the op drops ids out of range and takes an id twice in a row as two slots; the
+   region must too, unless the graph shows that such ids cannot occur or the region reads unwritten
+   memory for them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,16 @@ from comet_compile.passes.graph_view import (
 )
 from comet_compile.passes.instance import Form, Instance, Roles, close
 from comet_compile.passes.probe import Probe, Support, Untracked, make, restrict
-from comet_compile.passes.ranges import interval
+from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.samples import Sample, routings, size_choices
+from comet_compile.passes.samples import (
+    REPEATED,
+    SENTINEL_HIGH,
+    SENTINEL_LOW,
+    Sample,
+    routings,
+    size_choices,
+)
 from comet_compile.passes.simulate import Environment, Failed, World, run
 
 aten = torch.ops.aten
@@ -64,9 +72,9 @@ class Layer:
     def instances(self) -> Iterator[Instance]:
         """The instances on which the backward is held against the oracle."""
         for sample in samples(self.candidate, self.form):
-            if not sample.has_sentinels or self.form.name == "replicated":
-                if sample.name != "ids_negative":
-                    yield Instance(self.candidate, self.roles, self.form, sample, self.scale)
+            masked = sample.name == SENTINEL_HIGH and self.form.name == "replicated"
+            if masked or not sample.may_be_impossible:
+                yield Instance(self.candidate, self.roles, self.form, sample, self.scale)
 
 
 def prove(
@@ -363,8 +371,8 @@ def _verify(layer: Layer) -> Rejection | None:
         env = run(candidate.nodes, instance.bindings(), layer.form.world, sample.symbols)
         outcome = outputs(env, candidate.y, instance)
         expected = instance.expected(layer.activation, layer.weight_place)
-        if sample.has_sentinels:
-            refused = _check_sentinels(layer, sample, outcome, expected)
+        if sample.may_be_impossible:
+            refused = _check_unusual(layer, sample, outcome, expected)
             if refused:
                 return refused
             continue
@@ -389,18 +397,22 @@ def _first_difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> s
     return ""
 
 
-def _check_sentinels(
+def _check_unusual(
     layer: Layer, sample: Sample, outcome: list[Tensor] | Rejection, expected: list[Tensor]
 ) -> Rejection | None:
-    """Ids out of range: dropped as the op does, or impossible, or meaningless in the region."""
+    """Repeated ids and ids out of range: treated as the op does, or impossible, or meaningless
+    in the region."""
     if not isinstance(outcome, Rejection) and not _first_difference(outcome, expected):
         return None
+    if sample.name == REPEATED:
+        if are_distinct(layer.candidate.ids):
+            return None
+        detail = f"{layer.candidate.ids.name} may hold one expert twice for a token"
+        return Rejection(RejectReason.REPEATED_IDS, detail)
     low, high = interval(layer.candidate.ids)
     experts = layer.candidate.pair.out.num_experts
     count = experts * layer.form.world.size if layer.form.shards_tokens else experts
-    if (sample.name == "ids_negative" and low >= 0) or (
-        sample.name == "ids_too_high" and high < count
-    ):
+    if (low >= 0) if sample.name == SENTINEL_LOW else (high < count):
         return None
     if isinstance(outcome, Rejection) and layer.form.name != "replicated":
         # the original indexes out of bounds there, so no program relies on its result

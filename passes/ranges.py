@@ -1,6 +1,6 @@
 """What values an integer tensor of the graph can hold, by interval arithmetic.
 
-Used for one question: can an expert id be outside [0, E)? Only what the graph itself shows counts;
+Used for two questions: can an expert id be outside [0, E), or twice in a row? Only what the graph itself shows counts;
 None means unknown.
 """
 
@@ -54,6 +54,23 @@ def interval(node: Any) -> Interval:
         return interval(node.args[0])
     rule = _RULES.get(packet)
     return rule(node) if rule else _UNKNOWN
+
+
+def are_distinct(node: fx.Node) -> bool:
+    """Whether the ids of one token are known to differ: positions that topk chose in a row."""
+    while node.op == "call_function":
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in (aten.view, aten.reshape, aten.clone, aten.alias, prims.convert_element_type):
+            node = node.args[0]
+            continue
+        if getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 1:
+            return False
+        source = node.args[0]
+        if getattr(source.target, "overloadpacket", None) is not aten.topk:
+            return False
+        dim = source.args[2] if len(source.args) > 2 else -1
+        return dim in (-1, val(node).ndim - 1)
+    return False
 
 
 def _of_output(node: fx.Node, output: int) -> Interval:

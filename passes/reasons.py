@@ -75,6 +75,11 @@ class RejectReason(enum.Enum):
         "graph does not show that they cannot occur. Take ids from topk over E logits, or mask "
         "such rows to zero.",
     )
+    REPEATED_IDS = (
+        "repeated_ids",
+        "The region is only right if the expert ids of one token differ, and the graph does not "
+        "show that they do. Take the ids from topk, or count rows by id (one count per slot).",
+    )
     VALUE_USED_ELSEWHERE = (
         "value_used_elsewhere",
         "A value inside the region (for example the experts' raw output) is also used outside "

@@ -70,7 +70,8 @@ def blocked(layer: Layer, gradients: Gradients | None, backward: set[fx.Node]) -
     heavy -= {candidate.y}
     held = {n for nodes in gradients.nodes.values() for n in nodes} if gradients else set()
     cut = {candidate.y, *held}
-    live = ancestors(_roots(candidate.y.graph, inside), stop=lambda n: n in cut) - cut
+    owned = inside | _backward_region(gradients)
+    live = ancestors(_roots(candidate.y.graph, owned), stop=lambda n: n in cut) - cut
     needed = sorted(heavy & live, key=lambda n: n.name)
     if not needed:
         return None

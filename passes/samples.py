@@ -2,7 +2,7 @@
 
 A sample fixes the sizes of symbolic dimensions, the routing of every rank, and random numbers for
 everything else. The routings separate look-alikes: random ones, experts without a token, all
-tokens at one expert, a rank that receives nothing, ids out of range. Numbers are drawn from a
+tokens at the same experts, a rank that receives nothing, ids repeated in a row, ids out of range. Numbers are drawn from a
 seed that depends on the sample only, so every rank of a job proves the same thing.
 
 Legend: T tokens, A ids per token (top_k), L experts of one rank, P ranks, E experts that ids name
@@ -22,6 +22,7 @@ from comet_compile.passes.graph_view import val
 
 SENTINEL_HIGH = "ids_too_high"
 SENTINEL_LOW = "ids_negative"
+REPEATED = "ids_repeated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Sample:
         return int(self.ids[0].shape[0])
 
     @property
-    def has_sentinels(self) -> bool:
-        return self.name in (SENTINEL_HIGH, SENTINEL_LOW)
+    def may_be_impossible(self) -> bool:
+        """Whether the graph may rule such ids out (by topk, a mask ...)."""
+        return self.name in (SENTINEL_HIGH, SENTINEL_LOW, REPEATED)
 
 
 def routings(
@@ -63,14 +65,17 @@ def routings(
     yield "random", tuple(distinct(r, experts, 1) for r in ranks)
     # the first, the last and every third expert get no token
     some = experts[(experts % 3 == 1) & (experts < num_experts - 1)]
-    if len(some):
+    if len(some) >= top_k:
         yield "empty_experts", tuple(distinct(r, some, 2) for r in ranks)
-    one = torch.full((num_tokens, top_k), num_experts // 2)
-    yield "one_expert", tuple(one.clone() for _ in ranks)
-    if num_ranks > 1 and num_experts > experts_per_rank:
+    busy = experts[max(0, num_experts // 2 - top_k) :][:top_k]
+    yield "same_experts", tuple(distinct(r, busy, 6) for r in ranks)
+    if num_experts > experts_per_rank >= top_k:
         first = experts[:experts_per_rank]
         yield "one_rank_receives_all", tuple(distinct(r, first, 3) for r in ranks)
     yield "second_random", tuple(distinct(r, experts, 4) for r in ranks)
+    if top_k > 1:
+        one = torch.full((num_tokens, top_k), num_experts // 2)
+        yield REPEATED, tuple(one.clone() for _ in ranks)
     for name, sentinel in ((SENTINEL_HIGH, num_experts), (SENTINEL_LOW, -1)):
         masked = []
         for rank in ranks:

@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from comet_compile.passes import probe_ops
-from comet_compile.passes.probe import Probe, Untracked, Value, make, support_of
+from comet_compile.passes.probe import Probe, Support, Supports, Untracked, Value, make
 from comet_compile.passes.reasons import RejectReason
 
 c10d = torch.ops._c10d_functional
@@ -140,15 +140,18 @@ def _data(value: Value) -> torch.Tensor:
     return value.data if isinstance(value, Probe) else value
 
 
-def _like(value: Value, data: torch.Tensor) -> Value:
-    """`data` with the supports of `value` (row counts may differ)."""
-    return make(data, value.supports) if isinstance(value, Probe) else data
-
-
-def _same_supports(values: Sequence[Value]) -> None:
-    supports = {v.supports if isinstance(v, Probe) else None for v in values}
-    if len(supports) > 1:
-        raise Untracked("exchanges different columns between ranks")
+def _merged_supports(values: Sequence[Value]) -> Supports:
+    """The supports that all ranks share; a column is zero outside if it is so on every rank."""
+    ranked = [v.supports if isinstance(v, Probe) else (None,) * v.ndim for v in values]
+    merged: list[Support | None] = []
+    for supports in zip(*ranked, strict=True):
+        tracked = {(s.size, s.cols) if s else None for s in supports}
+        if len(tracked) > 1:
+            raise Untracked("exchanges different columns between ranks")
+        first = supports[0]
+        zero = all(s.zero for s in supports if s)
+        merged.append(dataclasses.replace(first, zero=zero) if first else None)
+    return tuple(merged)
 
 
 def _all_to_all_single(ranked_args: list[Any]) -> Ranked:
@@ -156,8 +159,8 @@ def _all_to_all_single(ranked_args: list[Any]) -> Ranked:
     out_splits = [list(args[1]) for args in ranked_args]
     in_splits = [list(args[2]) for args in ranked_args]
     size = len(inputs)
-    _same_supports(inputs)
-    if support_of(inputs[0], 0):
+    supports = _merged_supports(inputs)
+    if supports[0]:
         raise Untracked("exchanges columns")
     for rank in range(size):
         if len(in_splits[rank]) != size or len(out_splits[rank]) != size:
@@ -174,7 +177,7 @@ def _all_to_all_single(ranked_args: list[Any]) -> Ranked:
                 )
     pieces = [_data(v).split(in_splits[rank]) for rank, v in enumerate(inputs)]
     return [
-        _like(inputs[rank], torch.cat([pieces[peer][rank] for peer in range(size)]))
+        make(torch.cat([pieces[peer][rank] for peer in range(size)]), supports)
         for rank in range(size)
     ]
 
@@ -183,18 +186,18 @@ def _all_reduce(ranked_args: list[Any]) -> Ranked:
     inputs = [args[0] for args in ranked_args]
     if ranked_args[0][1] != "sum":
         raise Untracked(f"all-reduce by {ranked_args[0][1]}")
-    _same_supports(inputs)
+    supports = _merged_supports(inputs)
     total = torch.stack([_data(v) for v in inputs]).sum(0)
-    return [_like(v, total) for v in inputs]
+    return [make(total, supports) for _ in inputs]
 
 
 def _all_gather_into_tensor(ranked_args: list[Any]) -> Ranked:
     inputs = [args[0] for args in ranked_args]
-    _same_supports(inputs)
+    supports = _merged_supports(inputs)
     if ranked_args[0][1] != len(inputs):
         raise ValueError(f"gathers from {ranked_args[0][1]} of {len(inputs)} ranks")
     gathered = torch.cat([_data(v) for v in inputs])
-    return [_like(v, gathered) for v in inputs]
+    return [make(gathered, supports) for _ in inputs]
 
 
 def _reduce_scatter_tensor(ranked_args: list[Any]) -> Ranked:
@@ -203,10 +206,9 @@ def _reduce_scatter_tensor(ranked_args: list[Any]) -> Ranked:
         raise Untracked(f"reduce-scatter by {ranked_args[0][1]}")
     if ranked_args[0][2] != len(inputs):
         raise ValueError(f"scatters to {ranked_args[0][2]} of {len(inputs)} ranks")
-    _same_supports(inputs)
+    supports = _merged_supports(inputs)
     total = torch.stack([_data(v) for v in inputs]).sum(0)
-    parts = total.chunk(len(inputs))
-    return [_like(v, part) for v, part in zip(inputs, parts, strict=True)]
+    return [make(part, supports) for part in total.chunk(len(inputs))]
 
 
 def _wait_tensor(ranked_args: list[Any]) -> Ranked:

@@ -42,6 +42,15 @@ class Case:
         names = ("activation", "weight_place", "product_dtype")
         return {name: getattr(self, name) for name in names}
 
+    def on(self, device: str) -> Case:
+        """The same layer on `device`, weight strides kept."""
+        changes = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **changes)
+
     def to(self, dtype: torch.dtype) -> Case:
         """The same values, every float in `dtype`."""
         changes = {

@@ -1,4 +1,4 @@
-"""Run a function in N gloo processes of this machine, with a deadline."""
+"""Run a function in N processes of this machine that form a group, with a deadline."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Return [fn(rank, world_size, *args) for every rank], each in a process of its own.
 
-    `fn` is a module-level function; the default process group is up when it runs. The first
-    failure of a rank, or the deadline, ends all of them and raises.
+    `fn` is a module-level function; the default process group is up when it runs, and for "nccl"
+    the rank's GPU is the current one. The first failure of a rank, or the deadline, ends all of
+    them and raises.
     """
     context = mp.get_context("spawn")
     # By file: the name that pytest's importlib mode gives a test module cannot be imported.
@@ -36,7 +41,7 @@ def run_ranks(
         processes = [
             context.Process(
                 target=_rank_main,
-                args=(rank, world_size, store_path, timeout, results, address, args),
+                args=(rank, world_size, backend, store_path, timeout, results, address, args),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -97,6 +102,7 @@ def _load(module_name: str, path: str, name: str) -> Callable[..., Any]:
 def _rank_main(
     rank: int,
     world_size: int,
+    backend: str,
     store_path: str,
     timeout: float,
     results: Any,
@@ -106,9 +112,11 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         fn = _load(*address)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         store = dist.FileStore(store_path, world_size)
         dist.init_process_group(
-            "gloo",
+            backend,
             store=store,
             rank=rank,
             world_size=world_size,
