@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from comet_compile.passes.graph_view import (
     ancestors,
     is_float,
-    is_tensor,
+    is_known_size,
     numel,
     positions,
     same_size,
@@ -145,17 +145,15 @@ def _reach(root: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
 
 def _is_constant(node: fx.Node, known: set[fx.Node]) -> bool:
     """Made from nothing, from sizes, or from the region (a permuted stack), outside the backward."""
-    if node in known:
+    if node in known or is_known_size(node):
         return True
-    if node.op == "placeholder":
-        return not is_tensor(node)
     if node.op != "call_function":
         return False
     return all(_is_constant(s, known) for s in node.all_input_nodes)
 
 
 def _with_sources(nodes: set[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
-    return ancestors(nodes, stop=lambda n: n in known) - known
+    return ancestors(nodes, stop=lambda n: n in known or is_known_size(n)) - known
 
 
 # -- values -----------------------------------------------------------------------------------

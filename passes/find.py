@@ -26,12 +26,14 @@ from torch import fx
 
 from comet_compile.passes.graph_view import (
     ancestors,
-    descendants,
+    dependents,
     is_collective,
     is_float,
     is_integer,
+    is_known_size,
     is_tensor,
     is_value,
+    nearest_ancestors,
     numel,
     positions,
     ratio,
@@ -44,7 +46,10 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
 
+# how many cuts are tried for one layer, and how far up from its output ids and weights are sought
 _MAX_CANDIDATES = 48
+_MAX_REACH = 400
+_MAX_TOP_K = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,23 +373,19 @@ def _cuts(
 ) -> Iterator[Candidate | Rejection]:
     """Choices of (ids, weights) that close the region between `x` and `y`."""
     stops = {x, *pair.stacks}
-    reach = ancestors([y], stop=lambda n: n in stops)
-    if x not in reach:
-        return
+    latest = nearest_ancestors(y, order, stops, _MAX_REACH)
     num_tokens = numel(val(x).shape[:-1])
-    latest = sorted(reach - stops, key=lambda n: -order[n])
     slots: dict[fx.Node, int] = {}
-    for node in latest:
-        if node is y or not is_tensor(node) or val(node).ndim == 0:
-            continue
-        per_token = ratio(numel(val(node).shape), num_tokens)
-        if per_token is not None and 1 <= per_token <= 128:
-            slots[node] = per_token
+    for node in latest[1:]:
+        if is_tensor(node) and val(node).ndim > 0 and (is_integer(node) or is_float(node)):
+            per_token = ratio(numel(val(node).shape), num_tokens)
+            if per_token is not None and 1 <= per_token <= _MAX_TOP_K:
+                slots[node] = per_token
     choices: list[fx.Node | None] = [None, *(n for n in slots if is_float(n))]
     experts = pair.out.num_experts
     for ids in (n for n in slots if is_integer(n)):
         # weights that follow from the ids were permuted by them: no longer one per slot
-        permuted = descendants([ids])
+        permuted = dependents([ids], reversed(latest))
         for weights in choices:
             if weights is not None and (slots[weights] != slots[ids] or weights in permuted):
                 continue
@@ -415,7 +416,7 @@ def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | None:
         if node in nodes:
             continue
         nodes.add(node)
-        if node in cut:
+        if node in cut or is_known_size(node):
             continue
         if node.op == "placeholder" and is_tensor(node):
             return None

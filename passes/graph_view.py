@@ -40,6 +40,19 @@ def is_collective(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "_c10d_functional"
 
 
+def is_known_size(node: fx.Node) -> bool:
+    """Whether a node is a size that the symbols of the graph's inputs determine: its value does
+    not depend on how it is computed."""
+    value = val(node)
+    if isinstance(value, (int, bool)):
+        return True
+    if not isinstance(value, torch.SymInt):
+        return False
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return not free_unbacked_symbols(value)
+
+
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
     """The place of every node in graph order."""
     return {node: i for i, node in enumerate(graph.nodes)}
@@ -73,6 +86,39 @@ def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
+def nearest_ancestors(
+    root: fx.Node, order: Mapping[fx.Node, int], stops: set[fx.Node], limit: int
+) -> list[fx.Node]:
+    """`root` and what it is computed from, the latest first, at most `limit` nodes.
+
+    Nodes of `stops` are neither listed nor entered.
+    """
+    import heapq
+
+    found: list[fx.Node] = []
+    heap = [(-order[root], root)]
+    seen = {root}
+    while heap and len(found) < limit:
+        _, node = heapq.heappop(heap)
+        found.append(node)
+        for source in node.all_input_nodes:
+            if source not in seen and source not in stops:
+                seen.add(source)
+                heapq.heappush(heap, (-order[source], source))
+    return found
+
+
+def dependents(roots: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Those of `nodes` (in graph order) that are computed from `roots` through `nodes`."""
+    reached = set(roots)
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node not in reached and any(s in reached for s in node.all_input_nodes):
+            reached.add(node)
+            found.add(node)
+    return found
+
+
 def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on an incoming gradient; empty for an inference graph.
 
@@ -102,8 +148,18 @@ def ratio(numerator: Any, denominator: Any) -> int | None:
         return top // bottom if bottom and top % bottom == 0 else None
     import sympy
 
-    quotient = sympy.simplify(sympy.sympify(top) / sympy.sympify(bottom))
-    return int(quotient) if quotient.is_Integer else None
+    top, bottom = sympy.sympify(top), sympy.sympify(bottom)
+    # try the quotient at one point, then hold it against the expressions: far cheaper than
+    # simplifying every quotient of a large graph
+    point = {symbol: 7 + i for i, symbol in enumerate(_symbols(top, bottom))}
+    quotient = top.subs(point) / bottom.subs(point)
+    if not quotient.is_Integer or (top - quotient * bottom).expand() != 0:
+        return None
+    return int(quotient)
+
+
+def _symbols(*expressions: Any) -> list[Any]:
+    return sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 _graph_ids = itertools.count()
 
+# cuts whose forward is proven but not their backward; narrower ones hardly fare better
+_MAX_BACKWARD_TRIES = 4
+
 
 class RegionRefused(CometError):
     """A region was refused while `comet.strict` asks for every region to be replaced."""
@@ -172,6 +175,7 @@ class _Session:
         self, pair: find.ExpertPair, backward: set[fx.Node]
     ) -> tuple[Layer, Gradients | None] | Rejection:
         refusal: Rejection | None = None
+        failed_backward = 0
         for candidate in find.candidates(pair, self.graph, backward):
             if isinstance(candidate, Rejection):
                 return refusal or candidate
@@ -186,6 +190,9 @@ class _Session:
             if isinstance(gradients, Rejection):
                 log.debug("comet: %s refused: %s", candidate, gradients)
                 refusal = _more_telling(refusal, gradients)
+                failed_backward += 1
+                if failed_backward == _MAX_BACKWARD_TRIES:
+                    break
                 continue
             stuck = blocked(layer, gradients, backward)
             if stuck is not None:

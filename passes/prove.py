@@ -28,9 +28,8 @@ from comet_compile.kernels.activation import GATED_KINDS, PLAIN_KINDS, Activatio
 from comet_compile.passes.find import Candidate, ExpertGemm, collectives
 from comet_compile.passes.graph_view import (
     concrete,
-    descendants,
+    dependents,
     numel,
-    positions,
     val,
 )
 from comet_compile.passes.instance import Form, Instance, Roles, close
@@ -189,11 +188,10 @@ def _weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
     pair = candidate.pair
     if candidate.weights is None:
         return "after", val(pair.out.node).dtype
-    inside = set(candidate.nodes)
-    weighted = (descendants([candidate.weights]) & inside) | {candidate.weights}
-    rows = (descendants([candidate.x, *pair.stacks]) & inside) | {candidate.x}
+    weighted = dependents([candidate.weights], candidate.nodes)
+    rows = dependents([candidate.x, *pair.stacks], candidate.nodes)
     join = next(n for n in candidate.nodes if n in weighted and n in rows)
-    after_join = descendants([join])
+    after_join = dependents([join], candidate.nodes)
     dtype = val(join).dtype
     if any(gemm.node in after_join for gemm in pair.ins):
         return "before", dtype
@@ -203,13 +201,12 @@ def _weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
 def _bias_roles(candidate: Candidate) -> Roles:
     """A table belongs to the projection whose rows it meets first."""
     pair = candidate.pair
-    inside = set(candidate.nodes)
-    order = positions(pair.out.node.graph)
+    order = {node: i for i, node in enumerate(candidate.nodes)}
     roles: dict[str, fx.Node] = {}
     names = ("b_in", "b_up", "b_out") if len(pair.ins) == 2 else ("b_in", "b_out")
-    reached = [descendants([gemm.node]) & inside for gemm in (*pair.ins, pair.out)]
+    reached = [dependents([gemm.node], order) for gemm in (*pair.ins, pair.out)]
     for table in candidate.biases:
-        own = descendants([table]) & inside
+        own = dependents([table], order)
         meets = [min((order[n] for n in own & r), default=1 << 60) for r in reached]
         # what follows the out-projection follows the in-projection too: the last one counts
         last = max(i for i, place in enumerate(meets) if place == min(meets))
@@ -225,8 +222,8 @@ def _constants(candidate: Candidate) -> tuple[list[float], list[float]]:
     clamps: set[float] = set()
     scales: set[float] = set()
     pair = candidate.pair
-    between = descendants([gemm.node for gemm in pair.ins]) & set(candidate.nodes)
-    between -= descendants([pair.out.node])
+    between = dependents([gemm.node for gemm in pair.ins], candidate.nodes)
+    between -= dependents([pair.out.node], candidate.nodes)
     for node in between:
         packet = getattr(node.target, "overloadpacket", None)
         numbers = [a for a in node.args if isinstance(a, (int, float)) and a]

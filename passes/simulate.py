@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from comet_compile.passes import probe_ops
+from comet_compile.passes.graph_view import is_known_size
 from comet_compile.passes.probe import Probe, Support, Supports, Untracked, Value, make
 from comet_compile.passes.reasons import RejectReason
 
@@ -63,7 +64,7 @@ def run(
 def _step(
     node: fx.Node, env: Environment, world: World, symbols: Mapping[Any, int]
 ) -> Ranked | Failed:
-    if node.op == "placeholder":
+    if node.op == "placeholder" or is_known_size(node):
         return _input_size(node, world, symbols)
     if node.op != "call_function":
         return Failed(node, RejectReason.UNSUPPORTED_OP, f"{node.name} is a {node.op}")
@@ -95,7 +96,7 @@ def _step(
 
 
 def _input_size(node: fx.Node, world: World, symbols: Mapping[Any, int]) -> Ranked | Failed:
-    """A size that enters the graph as a symbol; a tensor input must be bound."""
+    """A size that the sample fixes; a tensor input must be bound."""
     val = node.meta.get("val")
     if isinstance(val, torch.SymInt):
         expr = val.node.expr.subs(symbols)

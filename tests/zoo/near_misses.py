@@ -204,7 +204,7 @@ class OpaqueUnpermute(LocalMoE):
         return (slots_TAH * scores_TA.unsqueeze(-1).to(x.dtype)).sum(dim=1)
 
 
-class _BatchedMoE(LocalMoE):
+class BatchedMoE(LocalMoE):
     """The same layer with one weight gathered per row and a batched GEMM."""
 
     def forward(self, x):
@@ -220,14 +220,14 @@ class _BatchedMoE(LocalMoE):
         return ids_S
 
 
-class NegativeIds(_BatchedMoE):
+class NegativeIds(BatchedMoE):
     """Ids may be -1, which indexes the last expert's weights."""
 
     def expert_ids(self, ids_S):
         return ids_S - 1
 
 
-class IntegerExperts(_BatchedMoE):
+class IntegerExperts(BatchedMoE):
     """Experts in integers."""
 
     trains = False
