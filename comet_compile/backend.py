@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from comet_compile import capture, repair
+from comet_compile import capture, dump, repair
 from comet_compile.config import CometConfig
 from comet_compile.errors import OptionError
 from comet_compile.kernels.agreement import AGREEMENTS
@@ -81,7 +81,7 @@ def _pass_patches(config: CometConfig, patches: Mapping[str, Any]) -> dict[str, 
     from torch._inductor import config as inductor_config
 
     user = patches.get(name, getattr(inductor_config, name))
-    return {name: with_user_pass(user, config)}
+    return {name: with_user_pass(user, config, dump.sink(config.dump))}
 
 
 def _has_collectives(gm: torch.fx.GraphModule) -> bool:

@@ -50,7 +50,7 @@ from torch._dynamo.utils import counters
 
 from comet_compile import records
 from comet_compile.config import CometConfig
-from comet_compile.errors import OptionError
+from comet_compile.errors import CometError, OptionError
 
 __all__ = ["failing_early", "install", "is_capturing", "uninstall"]
 
@@ -146,6 +146,8 @@ def _capturing(original: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as error:
                 if not _has_unbacked_symbols(_shape_env_in(error)):
                     raise  # capturing changed nothing, so the user would have seen it too
+                if _is_own(error):
+                    raise  # what comet means to say must not end as a graph break
                 reason = f"{type(error).__name__}: {_first_line(error)}"
                 log.debug("comet: the attempt that captures scalars failed", exc_info=True)
 
@@ -235,6 +237,20 @@ def _unwrapped(compiler_fn: object) -> object | None:
 
 
 # Did capturing matter?
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether comet raised `error` on purpose (a wrong option, a refusal under comet.strict)."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, CometError) or isinstance(
+            getattr(link, "inner_exception", None), CometError
+        ):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def _shape_env_in(error: BaseException) -> Any:

@@ -24,11 +24,24 @@ from comet_compile.report import (
     summary_line,
 )
 
-__all__ = ["is_tracing", "trace_artifacts", "write_dump"]
+__all__ = ["is_tracing", "sink", "trace_artifacts", "write_dump"]
 
 log = logging.getLogger(__name__)
 
 _MAX_NAMES = 100_000
+
+
+def sink(directory: str | None) -> Callable[[GraphRecord], None] | None:
+    """Return what to do with each graph's record, None if nobody would read it."""
+    if directory is None and not is_tracing():
+        return None
+
+    def keep(record: GraphRecord) -> None:
+        trace_artifacts(record)
+        if directory is not None:
+            write_dump(directory, record)
+
+    return keep
 
 
 def write_dump(directory: str | os.PathLike[str], record: GraphRecord) -> Path | None:

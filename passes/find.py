@@ -391,6 +391,9 @@ def _cuts(
                 continue
             cut = stops | {ids} | ({weights} if weights is not None else set())
             closed = _close(y, cut, experts)
+            if isinstance(closed, Rejection):
+                yield closed
+                continue
             if closed is None or ids not in closed.nodes or weights not in {None, *closed.nodes}:
                 continue
             nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
@@ -403,12 +406,14 @@ class _Closure:
     biases: tuple[fx.Node, ...]
 
 
-def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | None:
+def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | Rejection | None:
     """Everything between `cut` and `y`; None if the region depends on a graph input beyond it.
 
-    Tables [L, columns] that rows index by expert are inputs too: biases.
+    Tables [L, columns] that rows index by expert are inputs too: biases. A number that enters the
+    graph as a 0-d tensor is the one input that no cut can leave outside.
     """
     biases: list[fx.Node] = []
+    numbers: list[fx.Node] = []
     nodes: set[fx.Node] = set()
     stack = [y]
     while stack:
@@ -418,9 +423,10 @@ def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | None:
         nodes.add(node)
         if node in cut or is_known_size(node):
             continue
-        if node.op == "placeholder" and is_tensor(node):
-            return None
-        if node.op == "get_attr":
+        if node.op == "get_attr" or (node.op == "placeholder" and is_tensor(node)):
+            if node.op == "placeholder" and val(node).ndim == 0 and is_float(node):
+                numbers.append(node)
+                continue
             return None
         table = _bias_table(node, num_experts)
         if table is not None:
@@ -429,6 +435,9 @@ def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | None:
             nodes.add(table)
             cut = cut | {table}
         stack.extend(node.all_input_nodes)
+    if numbers:
+        detail = f"{numbers[0].name} is a number that enters the graph as an input"
+        return Rejection(RejectReason.RUNTIME_NUMBER, detail)
     return _Closure(nodes, tuple(biases))
 
 

@@ -185,16 +185,19 @@ def concrete(size: Any, symbols: Mapping[Any, int]) -> int:
 def source_line(node: fx.Node) -> str:
     """The user's line that made `node`: ``file.py:12 in forward: y = self.experts(x)``.
 
-    The innermost frame outside of torch, from the stack trace that Dynamo leaves on nodes.
+    The innermost frame outside of libraries' own helpers, from the stack trace that Dynamo leaves
+    on nodes.
     """
-    trace = node.meta.get("stack_trace")
-    if not trace:
-        return ""
-    frames = _frames(trace)
+    frames = _frames(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, line, function, code = frames[-1]
+    own = [frame for frame in frames if not any(part in frame[0] for part in _HELPERS)]
+    file, line, function, code = (own or frames)[-1]
     return f"{file}:{line} in {function}: {code}"
+
+
+# where a layer's author did not write: torch, and transformers' shared experts functions
+_HELPERS = ("/site-packages/torch/", "/dist-packages/torch/", "/transformers/integrations/")
 
 
 def _frames(trace: str) -> list[tuple[str, str, str, str]]:

@@ -14,7 +14,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from comet_compile.config import CometConfig
-from comet_compile.passes.moe_pass import MoePass
+from comet_compile.passes.moe_pass import MoePass, Sink
 
 GraphPass = CustomGraphPass | Callable[[fx.Graph], None]
 
@@ -40,9 +40,8 @@ class PassSequence(CustomGraphPass):
         return tuple(identities)
 
 
-def with_user_pass(user: Any, config: CometConfig) -> CustomGraphPass:
+def with_user_pass(user: Any, config: CometConfig, sink: Sink | None = None) -> CustomGraphPass:
     """The user's passes (one, several or None) followed by the MoE pass."""
-    if user is None:
-        return MoePass(config)
-    own = list(user) if isinstance(user, (list, tuple)) else [user]
-    return PassSequence([*own, MoePass(config)])
+    own = list(user) if isinstance(user, (list, tuple)) else [user] if user is not None else []
+    moe_pass = MoePass(config, sink)
+    return PassSequence([*own, moe_pass]) if own else moe_pass

@@ -16,6 +16,7 @@ import itertools
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +36,12 @@ from comet_compile.passes.backward import Gradients, find_gradients
 from comet_compile.passes.graph_view import backward_nodes, concrete, numel, source_line, val
 from comet_compile.passes.prove import Layer, prove
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.rewrite import Chain, Rewritten, blocked, replace
+from comet_compile.passes.rewrite import Rewritten, blocked, finish, replace
 from comet_compile.passes.samples import size_choices
 
 log = logging.getLogger(__name__)
+
+Sink = Callable[[records.GraphRecord], None]
 
 _graph_ids = itertools.count()
 
@@ -82,11 +85,18 @@ def source_digest() -> str:
 class MoePass(CustomGraphPass):
     """Rewrites MoE layers of a joint (or inference) graph into `comet::moe_layer`."""
 
-    def __init__(self, config: CometConfig | None = None) -> None:
+    def __init__(self, config: CometConfig | None = None, sink: Sink | None = None) -> None:
         self.config = config or CometConfig()
+        # who reads a record of every graph with regions, beside the open collectors
+        self.sink = sink
 
     def uuid(self) -> Any:
-        """Identity for compile caches: sources, options, versions and the groups' sizes."""
+        """Identity for compile caches: sources, options, versions and the groups' sizes.
+
+        None (no caching) while graphs are dumped: on a warm cache no pass would run to do it.
+        """
+        if self.config.dump is not None:
+            return None
         return (
             "comet_compile",
             __version__,
@@ -101,7 +111,7 @@ class MoePass(CustomGraphPass):
             return
         # fake tensors and functionalisation are on while Inductor calls passes; proofs run for real
         with _disable_current_modes():
-            _Session(self.config, graph).run()
+            _Session(self.config, graph, self.sink).run()
 
 
 def _group_facts() -> tuple[tuple[str, int], ...]:
@@ -122,6 +132,13 @@ class _Session:
 
     config: CometConfig
     graph: fx.Graph
+    sink: Sink | None
+    rewritten: list[Rewritten] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_recording(self) -> bool:
+        """Texts and pictures cost time: they are made when somebody reads them."""
+        return self.sink is not None or records.is_collecting()
 
     def run(self) -> None:
         started = time.perf_counter()
@@ -133,10 +150,10 @@ class _Session:
             return
         self.graph_id = next(_graph_ids)
         before, num_before = self._text(), len(self.graph.nodes)
-        chain = Chain()
-        regions = [self._region(pair, chain) for pair in pairs]
-        regions += [self._refusal(node, rejection, None) for node, rejection in refused]
-        if any(region.status != "rejected" for region in regions):
+        regions = [self._region(pair) for pair in pairs]
+        regions += [self._refusal(node, rejection) for node, rejection in refused]
+        if self.rewritten:
+            finish(self.graph, self.rewritten)
             self.graph.lint()
         self._count(regions)
         self._publish(started, num_before, regions, before, bool(backward))
@@ -145,17 +162,23 @@ class _Session:
 
     # -- one region ---------------------------------------------------------------------------
 
-    def _region(self, pair: find.ExpertPair, chain: Chain) -> records.RegionRecord:
-        backward = backward_nodes(self.graph)
-        outcome = self._prove(pair, backward)
+    def _region(self, pair: find.ExpertPair) -> records.RegionRecord:
+        try:
+            outcome = self._prove(pair, backward_nodes(self.graph))
+        except Exception as error:
+            # nothing is changed yet: a model that compiles without comet must compile with it
+            log.warning("comet: internal error at %s", pair.out.node.name, exc_info=True)
+            detail = f"{pair.out.node.name}: {type(error).__name__}: {error}"
+            outcome = Rejection(RejectReason.INTERNAL_ERROR, detail)
         if isinstance(outcome, Rejection):
-            return self._refusal(pair.out.node, outcome, pair)
+            return self._refusal(pair.out.node, outcome)
         layer, gradients = outcome
-        before = self._picture(layer) if records.is_collecting() else None
+        before = self._picture(layer) if self.is_recording else None
         where = source_line(pair.out.node) or source_line(layer.candidate.y)
         estimate = _estimate(layer)
-        rewritten = replace(layer, gradients, chain, self._save(layer), self.graph)
-        after = pictures.around_op(rewritten.forward) if records.is_collecting() else None
+        rewritten = replace(layer, gradients, self._save(layer), self.graph)
+        self.rewritten.append(rewritten)
+        after = pictures.around_op(rewritten.forward) if self.is_recording else None
         return records.RegionRecord(
             name=rewritten.forward.name,
             graph_id=self.graph_id,
@@ -164,7 +187,7 @@ class _Session:
             reason=None,
             detail=_describe(layer),
             where=where,
-            plan=self._plan(layer, gradients, rewritten, estimate),
+            plan=self._plan(layer, rewritten, estimate),
             estimate=estimate,
             backward="none" if gradients is None else "portable",
             before=before,
@@ -210,11 +233,7 @@ class _Session:
         return "nothing" if layer.form.shards_tokens else "pre_activation"
 
     def _plan(
-        self,
-        layer: Layer,
-        gradients: Gradients | None,
-        rewritten: Rewritten,
-        estimate: dict[str, Any],
+        self, layer: Layer, rewritten: Rewritten, estimate: dict[str, Any]
     ) -> dict[str, Any]:
         x = val(layer.candidate.x)
         plan = plan_for(
@@ -224,10 +243,7 @@ class _Session:
 
     # -- records ------------------------------------------------------------------------------
 
-    def _refusal(
-        self, node: fx.Node, rejection: Rejection, pair: find.ExpertPair | None
-    ) -> records.RegionRecord:
-        collecting = records.is_collecting()
+    def _refusal(self, node: fx.Node, rejection: Rejection) -> records.RegionRecord:
         return records.RegionRecord(
             name=node.name,
             graph_id=self.graph_id,
@@ -239,7 +255,7 @@ class _Session:
             plan={},
             estimate={},
             backward="none",
-            before=pictures.around_op(node) if collecting else None,
+            before=pictures.around_op(node) if self.is_recording else None,
             after=None,
         )
 
@@ -247,7 +263,7 @@ class _Session:
         return pictures.of_region(layer.candidate.nodes, layer.candidate.inputs, layer.candidate.y)
 
     def _text(self) -> str:
-        if not records.is_collecting() and self.config.dump is None:
+        if not self.is_recording:
             return ""
         module = fx.GraphModule(self.graph.owning_module or torch.nn.Module(), self.graph)
         return module.print_readable(print_output=False)
@@ -272,7 +288,7 @@ class _Session:
         before: str,
         training: bool,
     ) -> None:
-        if not regions and not records.is_collecting():
+        if not self.is_recording:
             return
         record = records.GraphRecord(
             graph_id=regions[0].graph_id if regions else next(_graph_ids),
@@ -285,12 +301,8 @@ class _Session:
             after_text=self._text(),
         )
         records.publish(record)
-        if regions:
-            from comet_compile import dump
-
-            dump.trace_artifacts(record)
-            if self.config.dump is not None:
-                dump.write_dump(self.config.dump, record)
+        if regions and self.sink is not None:
+            self.sink(record)
 
 
 def _raise_refused(regions: list[records.RegionRecord]) -> None:

@@ -39,6 +39,12 @@ class RejectReason(enum.Enum):
         "the routing indices were computed in another graph (a graph break): keep the router, "
         "the dispatch and the experts in one graph.",
     )
+    RUNTIME_NUMBER = (
+        "runtime_number",
+        "A number of the layer (for example the slope of its activation) is an input of the "
+        "graph: under dynamic=True Dynamo treats Python floats so. Set "
+        "torch._dynamo.config.specialize_float = True, or leave dynamic at its default.",
+    )
     NO_OUTPUT = (
         "no_output",
         "The experts' rows could not be followed to one output of the tokens' shape [T, H]. "
@@ -108,6 +114,11 @@ class RejectReason(enum.Enum):
         "backward_not_proven",
         "The forward region is understood but its gradients were not all found, or one is not "
         "the derivative (for example scaled inside the region), so neither direction is replaced.",
+    )
+    INTERNAL_ERROR = (
+        "internal_error",
+        "comet itself failed while looking at this region; it is left as it was. Please report "
+        "this with the log of TORCH_LOGS=+comet_compile.",
     )
     BACKWARD_DISABLED = (
         "backward_disabled",

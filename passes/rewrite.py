@@ -7,9 +7,10 @@ their order.
 
 Steps
 1. Check: with the output and the gradients cut, nothing else may need the region's heavy values.
-2. Emit the forward op, and the backward op where the graph differentiates through the layer; ops
-   of one group are chained by their tokens, so no scheduler can reorder them on one rank alone.
-3. Erase what is dead, including collectives, waits and size checks that only the region used.
+2. Emit the forward op, and the backward op where the graph differentiates through the layer.
+3. Once per graph: chain the tokens and erase what is dead, including collectives, waits and size checks that only
+   regions used. Ops of one group take each other's tokens, so no scheduler can reorder them on one
+   rank alone.
 """
 
 from __future__ import annotations
@@ -40,24 +41,23 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
 
+# the place of the token among the arguments of comet::moe_layer and of its backward
+_TOKEN_OF_FORWARD, _TOKEN_OF_BACKWARD = 9, 11
+
 # what a new node inherits from the node whose place it takes
 _INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "custom", "ac_graph_id")
 
 
-@dataclasses.dataclass
-class Chain:
-    """The last token of each group, per direction: the next op of the group takes it."""
-
-    forward: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
-    backward: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
-
-
 @dataclasses.dataclass(frozen=True)
 class Rewritten:
-    """The ops that took the region's place; `backward` is None in an inference graph."""
+    """The ops that took the region's place; `backward` is None in an inference graph.
+
+    `region` are the nodes that only served the region: they are erased by `finish`.
+    """
 
     forward: fx.Node
     backward: fx.Node | None
+    region: frozenset[fx.Node]
 
 
 def blocked(layer: Layer, gradients: Gradients | None, backward: set[fx.Node]) -> Rejection | None:
@@ -103,22 +103,43 @@ def _is_owned_effect(node: fx.Node, region: set[fx.Node]) -> bool:
     return node.target is c10d.wait_tensor.default and node.args[0] in region
 
 
-def replace(
-    layer: Layer, gradients: Gradients | None, chain: Chain, save: str, graph: fx.Graph
-) -> Rewritten:
-    """Rewrite one region; `blocked` must have found nothing."""
+def replace(layer: Layer, gradients: Gradients | None, save: str, graph: fx.Graph) -> Rewritten:
+    """Rewrite one region; `blocked` must have found nothing. `finish` must follow."""
     region = set(layer.candidate.nodes) - set(layer.candidate.inputs)
     region |= descendants(region) & _waits(graph)
-    forward, arguments = _emit_forward(layer, chain, save if gradients else "nothing")
-    getters = _getters(forward, 3)
-    if layer.form.world.group_name:
-        chain.forward[layer.form.world.group_name] = getters[2]
+    forward, arguments = _emit_forward(layer, save if gradients else "nothing")
+    y, saved = _getters(forward, 2)
     backward = None
     if gradients is not None:
-        backward = _emit_backward(layer, gradients, arguments, getters[1], chain)
-    _substitute_output(layer, getters[0])
-    erase_dead(graph, region | _backward_region(gradients))
-    return Rewritten(forward, backward)
+        backward = _emit_backward(layer, gradients, arguments, saved)
+    _substitute_output(layer, y)
+    return Rewritten(forward, backward, frozenset(region | _backward_region(gradients)))
+
+
+def finish(graph: fx.Graph, rewritten: Iterable[Rewritten]) -> None:
+    """Chain the ops of each group by their tokens, in graph order, and erase dead regions."""
+    last: dict[tuple[Any, str], fx.Node] = {}
+    region: set[fx.Node] = set()
+    ops: dict[fx.Node, int] = {}
+    for one in rewritten:
+        region |= one.region
+        ops[one.forward] = _TOKEN_OF_FORWARD
+        if one.backward is not None:
+            ops[one.backward] = _TOKEN_OF_BACKWARD
+    for node in list(graph.nodes):
+        group = node.kwargs.get("group_name") if node in ops else None
+        if not group:
+            continue
+        # forward and backward apart: a forward token must not be kept for the backward
+        key = (node.target, group)
+        if key in last:
+            previous = last[key]
+            token = _getter(previous, len(val(previous)) - 1, previous)
+            # recomputing one layer must not recompute the layers in front of it
+            token.meta.pop("recompute", None)
+            node.update_arg(ops[node], token)
+        last[key] = node
+    erase_dead(graph, region)
 
 
 def _waits(graph: fx.Graph) -> set[fx.Node]:
@@ -170,7 +191,7 @@ def set_value(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _emit_forward(layer: Layer, chain: Chain, save: str) -> tuple[fx.Node, list[Any]]:
+def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
     candidate, pair = layer.candidate, layer.candidate.pair
     emit = _Emitter(candidate.y.graph, candidate.y, candidate.y)
     x = candidate.x
@@ -191,11 +212,10 @@ def _emit_forward(layer: Layer, chain: Chain, save: str) -> tuple[fx.Node, list[
         layer.roles.b_up,
         layer.roles.b_out,
     ]
-    token = chain.forward.get(layer.form.world.group_name) if layer.form.world.group_name else None
     node = emit.call(
         torch.ops.comet.moe_layer.default,
         *arguments,
-        token,
+        None,
         **_options(layer),
         out_dtype=layer.out_dtype,
         save=save,
@@ -228,16 +248,19 @@ def _logical(emit: _Emitter, gemm: ExpertGemm) -> fx.Node:
 
 
 def _getters(node: fx.Node, count: int) -> list[fx.Node]:
-    getters = []
-    place = node
+    getters: list[fx.Node] = []
     for index in range(count):
-        with node.graph.inserting_after(place):
-            getter = node.graph.call_function(operator.getitem, (node, index))
-        getter.meta["val"] = val(node)[index]
-        inherit(getter, node)
-        getters.append(getter)
-        place = getter
+        getters.append(_getter(node, index, getters[-1] if getters else node))
     return getters
+
+
+def _getter(node: fx.Node, index: int, after: fx.Node) -> fx.Node:
+    """One output of `node`, placed behind `after`."""
+    with node.graph.inserting_after(after):
+        getter = node.graph.call_function(operator.getitem, (node, index))
+    getter.meta["val"] = val(node)[index]
+    inherit(getter, node)
+    return getter
 
 
 def _substitute_output(layer: Layer, new: fx.Node) -> None:
@@ -278,7 +301,7 @@ def refresh_values(root: fx.Node) -> None:
 
 
 def _emit_backward(
-    layer: Layer, gradients: Gradients, arguments: list[Any], saved: fx.Node, chain: Chain
+    layer: Layer, gradients: Gradients, arguments: list[Any], saved: fx.Node
 ) -> fx.Node:
     graph = layer.candidate.y.graph
     held = {n for nodes in gradients.nodes.values() for n in nodes}
@@ -287,22 +310,19 @@ def _emit_backward(
     grad_y = gradients.grad_y
     if val(grad_y).ndim != 2:
         grad_y = emit.view(grad_y, [-1, val(grad_y).shape[-1]])
-    group = layer.form.world.group_name
     node = emit.call(
         torch.ops.comet.moe_layer_backward.default,
         grad_y,
         *arguments,
         saved,
-        chain.backward.get(group) if group else None,
+        None,
         **_options(layer),
         needs=[name in gradients.nodes for name in GRADIENT_NAMES],
     )
     # the op belongs to the backward even where the first gradient's own tag is missing
     node.meta["partitioner_tag"] = "is_backward"
     node.meta.pop("recompute", None)
-    getters = _getters(node, len(GRADIENT_NAMES) + 1)
-    if group:
-        chain.backward[group] = getters[-1]
+    getters = _getters(node, len(GRADIENT_NAMES))
     for name, nodes in gradients.nodes.items():
         gradient = getters[GRADIENT_NAMES.index(name)]
         for old in nodes:

@@ -109,9 +109,10 @@ def _capture(
 
 
 def _leaf(value: Any, train: bool) -> Any:
-    if not isinstance(value, Tensor):
+    # a copy would lose the marks that Dynamo reads off a tensor
+    if not (train and isinstance(value, Tensor) and value.is_floating_point()):
         return value
-    return value.detach().clone().requires_grad_(train and value.is_floating_point())
+    return value.detach().clone().requires_grad_()
 
 
 def _eager(gm: fx.GraphModule, _: Any, **__: Any) -> Callable[..., Any]:

@@ -136,8 +136,11 @@ def _evaluate(node: fx.Node) -> None:
     modes = [v.fake_mode for n in node.all_input_nodes if hasattr(v := _val(n), "fake_mode")]
     if not modes:
         raise Inapplicable("no tensor among the arguments")
-    with modes[0]:
-        node.meta["val"] = node.target(*args, **kwargs)
+    try:
+        with modes[0], _quiet():
+            node.meta["val"] = node.target(*args, **kwargs)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        raise Inapplicable(str(error)) from error
 
 
 def _retarget(node: fx.Node, target: Any, args: tuple[Any, ...] | None = None) -> None:
@@ -150,11 +153,7 @@ def _retarget(node: fx.Node, target: Any, args: tuple[Any, ...] | None = None) -
         raise Inapplicable("nothing changes")
     if not isinstance(old, Tensor):
         return
-    try:
-        with _quiet():
-            _evaluate(node)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise Inapplicable(str(error)) from error
+    _evaluate(node)
     if str(old.shape) != str(_val(node).shape) or old.dtype != _val(node).dtype:
         raise Inapplicable("shape or dtype change")
 
@@ -179,6 +178,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _roll_rows(node: fx.Node) -> None:
+    if _size(node, 0) is None:
+        # fake tensors cannot roll a number of rows that is known at run time only
+        _flip_rows(node)
+        return
     _behind(node, (aten.roll.default, lambda n: (n, [1], [0])))
 
 
