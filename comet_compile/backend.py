@@ -47,7 +47,9 @@ def comet(
             # the order of communication must be the graph's on every rank, whatever their sizes
             patches["reorder_for_peak_memory"] = False
     with capture.failing_early():
-        return compile_fx(gm, example_inputs, config_patches=patches)
+        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    assert callable(compiled)
+    return compiled
 
 
 comet._comet_backend = True  # type: ignore[attr-defined]
@@ -87,11 +89,15 @@ def _pass_patches(config: CometConfig, patches: Mapping[str, Any]) -> dict[str, 
 def _has_collectives(gm: torch.fx.GraphModule) -> bool:
     import torch.distributed as dist
 
-    return dist.is_available() and dist.is_initialized() and any(
-        "c10d" in str(node.target) or "autograd_function_apply" in str(node.target)
-        for module in gm.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and any(
+            "c10d" in str(node.target) or "autograd_function_apply" in str(node.target)
+            for module in gm.modules()
+            if isinstance(module, torch.fx.GraphModule)
+            for node in module.graph.nodes
+        )
     )
 
 

@@ -1,8 +1,8 @@
 """comet_compile.passes: find MoE layers in a joint graph, prove them, replace them.
 
-    MoePass            the joint-graph pass; works under backend="inductor" too
-    with_user_pass     the same after a user's own passes
-    RejectReason       why a region is left alone
+MoePass            the joint-graph pass; works under backend="inductor" too
+with_user_pass     the same after a user's own passes
+RejectReason       why a region is left alone
 """
 
 if __name__ != "comet_compile.passes":

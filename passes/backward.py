@@ -126,9 +126,9 @@ def _pure_part(
             continue
         if all(s in pure or s in known or _is_constant(s, known) for s in node.all_input_nodes):
             pure.add(node)
-    helpers = {
-        s for n in pure for s in n.all_input_nodes if s not in pure and s not in known
-    } - {grad_y}
+    helpers = {s for n in pure for s in n.all_input_nodes if s not in pure and s not in known} - {
+        grad_y
+    }
     return sorted(pure | _with_sources(helpers, known), key=order.__getitem__)
 
 
@@ -144,7 +144,7 @@ def _reach(root: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
 
 
 def _is_constant(node: fx.Node, known: set[fx.Node]) -> bool:
-    """Made from nothing, from sizes, or from the region (a permuted stack), outside the backward."""
+    """Outside the backward: made from nothing, from sizes, or from the region (a flipped stack)."""
     if node in known or is_known_size(node):
         return True
     if node.op != "call_function":
@@ -218,9 +218,7 @@ def _oracle_gradients(layer: Layer, instance: Instance) -> dict[str, list[Tensor
     with torch.enable_grad():
         leaves = instance.leaves(requires_grad=True)
         y = instance.expected(layer.activation, layer.weight_place, leaves, reduce=False)
-        loss = torch.stack(
-            [(a * g).sum() for a, g in zip(y, instance.grad_y, strict=True)]
-        ).sum()
+        loss = torch.stack([(a * g).sum() for a, g in zip(y, instance.grad_y, strict=True)]).sum()
         names = [name for name, values in leaves.items() if values is not None]
         flat = [v for name in names for v in leaves[name] or ()]
         grads = list(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))

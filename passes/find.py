@@ -358,14 +358,13 @@ def _output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
         if users[0].target is aten.add.Tensor and not _adds_bias(users[0], node):
             break
         node = users[0]
-    return sorted(reversed(chain), key=lambda n: val(n).ndim != 2)
+    chain.reverse()
+    return sorted(chain, key=lambda n: val(n).ndim != 2)
 
 
 def _adds_bias(node: fx.Node, rows: fx.Node) -> bool:
     others = [n for n in node.args[:2] if isinstance(n, fx.Node) and n is not rows]
-    return all(
-        _is_constant(n) or n.target in (aten.index.Tensor, aten.mul.Tensor) for n in others
-    )
+    return all(_is_constant(n) or n.target in (aten.index.Tensor, aten.mul.Tensor) for n in others)
 
 
 def _cuts(

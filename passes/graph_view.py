@@ -75,7 +75,7 @@ def ancestors(
 
 
 def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """Everything computed from `roots`, without the roots themselves (unless in a cycle of none)."""
+    """Everything computed from `roots`, without the roots themselves."""
     seen: set[fx.Node] = set()
     stack = [user for root in roots for user in root.users]
     while stack:
@@ -166,9 +166,11 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal whatever the symbols are (never adds a guard)."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return bool(statically_known_true(a == b)) if not isinstance(a, int) or not isinstance(
-        b, int
-    ) else a == b
+    return (
+        bool(statically_known_true(a == b))
+        if not isinstance(a, int) or not isinstance(b, int)
+        else a == b
+    )
 
 
 def concrete(size: Any, symbols: Mapping[Any, int]) -> int:

@@ -1,8 +1,8 @@
 """Use the pass under plain Inductor, or beside a user's own joint-graph pass.
 
-    from comet_compile import passes
-    torch._inductor.config.joint_custom_post_pass = passes.MoePass()
-    model = torch.compile(model)                      # backend="inductor"
+from comet_compile import passes
+torch._inductor.config.joint_custom_post_pass = passes.MoePass()
+model = torch.compile(model)                      # backend="inductor"
 """
 
 from __future__ import annotations

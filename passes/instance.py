@@ -116,9 +116,7 @@ class Instance:
         inner = Support(pair.out.in_features, self.i_cols, zero=True)
         wide = Support(pair.ins[0].out_features, self.n_cols, zero=True)
         bound: dict[fx.Node, Ranked] = {candidate.x: self.rows(candidate.x, self.x)}
-        bound[candidate.ids] = [
-            ids.reshape(self._shape(candidate.ids)) for ids in self.sample.ids
-        ]
+        bound[candidate.ids] = [ids.reshape(self._shape(candidate.ids)) for ids in self.sample.ids]
         if candidate.weights is not None:
             shape = self._shape(candidate.weights)
             bound[candidate.weights] = [w.reshape(shape) for w in self.weights]
@@ -210,8 +208,9 @@ class Instance:
         weights = None if weights is None else [w[:tokens] for w in weights]
         if self.form.shards_tokens:
             joined = [self._experts(leaves, slice(None), activation)]
-            y = self._layer(torch.cat(x), torch.cat(ids), _joined(weights), joined[0],
-                            activation, weight_place)
+            y = self._layer(
+                torch.cat(x), torch.cat(ids), _joined(weights), joined[0], activation, weight_place
+            )
             return list(y.split([len(v) for v in x]))
         partial = [
             self._layer(
@@ -254,7 +253,8 @@ class Instance:
     ) -> Tensor:
         plain = dataclasses.replace(activation, interleaved=False, up_first=False)
         w_in, w_out = experts["w_in"], experts["w_out"]
-        assert w_in is not None and w_out is not None
+        assert w_in is not None
+        assert w_out is not None
         return moe_layer_ref(
             x, ids, weights, w_in, experts["w_up"], w_out,
             experts["b_in"], experts["b_up"], experts["b_out"],

@@ -29,7 +29,7 @@ from comet_compile import records
 from comet_compile._version import __version__
 from comet_compile.config import CometConfig
 from comet_compile.errors import CometError
-from comet_compile.kernels import ops as _ops  # registers torch.ops.comet.*
+from comet_compile.kernels import ops as _ops  # noqa: F401, registers torch.ops.comet.*
 from comet_compile.kernels.portable import plan_for
 from comet_compile.passes import find, pictures
 from comet_compile.passes.backward import Gradients, find_gradients
@@ -53,7 +53,7 @@ class RegionRefused(CometError):
     """A region was refused while `comet.strict` asks for every region to be replaced."""
 
 
-def group_size(name: str) -> int | None:
+def group_size(name: Any) -> int | None:
     """The number of ranks of a process group, None if this process has no such group."""
     import torch.distributed as dist
 
@@ -232,9 +232,7 @@ class _Session:
             return "nothing" if layer.form.shards_tokens else self.config.save
         return "nothing" if layer.form.shards_tokens else "pre_activation"
 
-    def _plan(
-        self, layer: Layer, rewritten: Rewritten, estimate: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _plan(self, layer: Layer, rewritten: Rewritten, estimate: dict[str, Any]) -> dict[str, Any]:
         x = val(layer.candidate.x)
         plan = plan_for(
             layer.form.name, rows=estimate["rows"], hidden=int(x.shape[-1]), dtype=x.dtype

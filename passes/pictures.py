@@ -36,9 +36,7 @@ def around_op(node: fx.Node, depth: int = 2) -> GraphPicture:
     return _picture(chosen, inputs, outputs - inputs)
 
 
-def _picture(
-    nodes: Sequence[fx.Node], inputs: set[fx.Node], outputs: set[fx.Node]
-) -> GraphPicture:
+def _picture(nodes: Sequence[fx.Node], inputs: set[fx.Node], outputs: set[fx.Node]) -> GraphPicture:
     places = {node: i for i, node in enumerate(nodes)}
     edges = tuple(
         (places[source], i)
@@ -47,9 +45,7 @@ def _picture(
         for source in node.all_input_nodes
         if source in places
     )
-    boxes = tuple(
-        PictureNode(n.name, _op(n), _shape(n), _role(n, inputs, outputs)) for n in nodes
-    )
+    boxes = tuple(PictureNode(n.name, _op(n), _shape(n), _role(n, inputs, outputs)) for n in nodes)
     return GraphPicture(boxes, edges)
 
 

@@ -167,3 +167,39 @@ def contract_pair(
         restrict(left, left_dim, support.cols, support.size),
         restrict(right, right_dim, support.cols, support.size),
     )
+
+
+def cut_to(value: Value, dim: int, support: Support) -> Value:
+    """`value` with `dim` cut down to `support`."""
+    own: list[Support | None] = [None] * value.ndim
+    if isinstance(value, Probe):
+        own = list(value.supports)
+    data = restrict(value, dim, support.cols, support.size)
+    own[dim] = support
+    return make(data, tuple(own))
+
+
+def aligned(
+    values: Sequence[Value], skip: int, carriers: Sequence[Value] | None = None
+) -> tuple[list[torch.Tensor], Supports]:
+    """Restrict tensors of one rank to common columns in every dimension but `skip`.
+
+    The supports returned have None at `skip`, and are zero where all `carriers` are (default: all
+    values; indices are given as values but carry none).
+    """
+    carriers = values if carriers is None else carriers
+    dims = [d for d in range(values[0].ndim) if d != skip]
+    # agree on every dimension before any is cut: a constant is only recognised while whole
+    commons: dict[int, Support | None] = {}
+    for dim in dims:
+        common = common_support(values, [dim] * len(values))
+        if common is not None:
+            zero = all(zero_outside(v, dim) for v in carriers)
+            common = Support(common.size, common.cols, zero)
+        commons[dim] = common
+    currents = list(values)
+    for dim, common in commons.items():
+        if common is not None:
+            currents = [cut_to(current, dim, common) for current in currents]
+    datas = [c.data if isinstance(c, Probe) else c for c in currents]
+    return datas, tuple(commons.get(d) for d in range(values[0].ndim))

@@ -1,7 +1,7 @@
 """What values an integer tensor of the graph can hold, by interval arithmetic.
 
-Used for two questions: can an expert id be outside [0, E), or twice in a row? Only what the graph itself shows counts;
-None means unknown.
+Used for two questions: can an expert id be outside [0, E), or twice in a row? Only what the graph
+itself shows counts; unknown bounds are infinite.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ their order.
 Steps
 1. Check: with the output and the gradients cut, nothing else may need the region's heavy values.
 2. Emit the forward op, and the backward op where the graph differentiates through the layer.
-3. Once per graph: chain the tokens and erase what is dead, including collectives, waits and size checks that only
-   regions used. Ops of one group take each other's tokens, so no scheduler can reorder them on one
-   rank alone.
+3. Once per graph: chain the tokens and erase what is dead, including collectives, waits and size
+   checks that only regions used. Ops of one group take each other's tokens, so no scheduler can
+   reorder them on one rank alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from comet_compile.passes.backward import GRADIENT_NAMES, Gradients
 from comet_compile.passes.find import ExpertGemm
 from comet_compile.passes.graph_view import (
     ancestors,
-    describe,
     descendants,
+    describe,
     is_collective,
     is_float,
     same_size,
@@ -45,7 +45,14 @@ c10d = torch.ops._c10d_functional
 _TOKEN_OF_FORWARD, _TOKEN_OF_BACKWARD = 9, 11
 
 # what a new node inherits from the node whose place it takes
-_INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "custom", "ac_graph_id")
+_INHERITED = (
+    "stack_trace",
+    "nn_module_stack",
+    "seq_nr",
+    "partitioner_tag",
+    "custom",
+    "ac_graph_id",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +195,7 @@ def set_value(node: fx.Node) -> None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), val)
     mode = next(v.fake_mode for n in node.all_input_nodes if hasattr(v := val(n), "fake_mode"))
     with mode:
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
@@ -349,7 +356,7 @@ def _substitute_gradient(old: fx.Node, gradient: fx.Node, flipped: frozenset[fx.
 def _target_shape(node: fx.Node) -> list[Any]:
     """The node's shape with sizes as graph values."""
     if node.target is aten.view.default:
-        return list(node.args[1])  # type: ignore[arg-type]
+        return list(node.args[1])
     shape = list(val(node).shape)
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     if len(unknown) > 1:

@@ -2,8 +2,9 @@
 
 A sample fixes the sizes of symbolic dimensions, the routing of every rank, and random numbers for
 everything else. The routings separate look-alikes: random ones, experts without a token, all
-tokens at the same experts, a rank that receives nothing, ids repeated in a row, ids out of range. Numbers are drawn from a
-seed that depends on the sample only, so every rank of a job proves the same thing.
+tokens at the same experts, every expert in turn, a rank that receives nothing, ids repeated in a
+row, ids out of range. Numbers are drawn from a seed that depends on the sample only, so every rank
+of a job proves the same thing.
 
 Legend: T tokens, A ids per token (top_k), L experts of one rank, P ranks, E experts that ids name
 (L * P when tokens travel, else L).
@@ -73,6 +74,11 @@ def routings(
         first = experts[:experts_per_rank]
         yield "one_rank_receives_all", tuple(distinct(r, first, 3) for r in ranks)
     yield "second_random", tuple(distinct(r, experts, 4) for r in ranks)
+    # random ids of few tokens miss experts, and a fault at one expert shows at its tokens only
+    num_slots = num_tokens * top_k
+    for last in range(num_experts - 1, -1, -max(num_slots, 1)):
+        in_turn = (last - torch.arange(num_slots)) % num_experts
+        yield f"experts_up_to_{last}", tuple(in_turn.view(num_tokens, top_k) for _ in ranks)
     if top_k > 1:
         one = torch.full((num_tokens, top_k), num_experts // 2)
         yield REPEATED, tuple(one.clone() for _ in ranks)

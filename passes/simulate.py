@@ -16,12 +16,15 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from comet_compile.passes import probe_ops
+from comet_compile.passes import probe_ops, probe_products, probe_shapes
 from comet_compile.passes.graph_view import is_known_size
 from comet_compile.passes.probe import Probe, Support, Supports, Untracked, Value, make
 from comet_compile.passes.reasons import RejectReason
 
 c10d = torch.ops._c10d_functional
+
+# loaded for the handlers that they register
+_HANDLER_MODULES = (probe_shapes, probe_products)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +170,7 @@ def _all_to_all_single(ranked_args: list[Any]) -> Ranked:
         if len(in_splits[rank]) != size or len(out_splits[rank]) != size:
             raise ValueError(f"{len(in_splits[rank])} splits in a group of {size}")
         if sum(in_splits[rank]) != _data(inputs[rank]).shape[0]:
-            raise ValueError(
-                f"sends {sum(in_splits[rank])} of {_data(inputs[rank]).shape[0]} rows"
-            )
+            raise ValueError(f"sends {sum(in_splits[rank])} of {_data(inputs[rank]).shape[0]} rows")
         for peer in range(size):
             if in_splits[peer][rank] != out_splits[rank][peer]:
                 raise ValueError(

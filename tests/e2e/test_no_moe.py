@@ -41,12 +41,13 @@ def test_dense_model_equals_inductor_bitwise(train: bool) -> None:
 
 def test_dense_model_logs_one_quiet_line(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    with caplog.at_level(logging.INFO, logger="comet_compile"):
+    with caplog.at_level(logging.DEBUG, logger="comet_compile"):
         compiled_results(dense(), x, True, "comet")
     ours = [r for r in caplog.records if r.name.split(".")[0] == "comet_compile"]
-    assert [r.levelno for r in ours] == [logging.INFO], [r.getMessage() for r in ours]
-    assert ours[0].getMessage().startswith("comet: ")
-    assert "MoE" in ours[0].getMessage()
+    assert max(r.levelno for r in ours) <= logging.INFO
+    about_layers = [r.getMessage() for r in ours if "MoE" in r.getMessage()]
+    assert len(about_layers) == 1, about_layers
+    assert about_layers[0].startswith("comet: no MoE")
 
 
 @pytest.mark.parametrize("name", near_misses.LOCAL)

@@ -13,6 +13,7 @@ from zoo import ep, near_misses
 from zoo.textbook import FuncolMoE
 from zoo.titan import TitanMoE
 
+from comet_compile.passes import moe_pass
 from comet_compile.passes.reasons import RejectReason
 
 R = RejectReason
@@ -117,6 +118,18 @@ class CountsDistinctIds(near_misses.LocalMoE):
         return self.reduce(out_SH, torch.softmax(logits_TE, 1)[:, : self.top_k], order_S, x)
 
 
+class SlopeAsInput(near_misses.LocalMoE):
+    """The slope of the activation is an argument: with dynamic=True a 0-d input of the graph."""
+
+    def forward(self, x: Tensor, slope: float) -> Tensor:  # type: ignore[override]
+        self.slope = slope
+        return super().forward(x)
+
+    def activate(self, pre_SN: Tensor) -> Tensor:
+        gate, up = pre_SN.chunk(2, dim=-1)
+        return gate * torch.sigmoid(self.slope * gate) * (up + 1)
+
+
 class SlotsKeptByMask(near_misses.LocalMoE):
     """The tokens are chosen by their values: their number is known at run time only."""
 
@@ -160,6 +173,10 @@ def local(model: Callable[[], nn.Module], *inputs: Tensor, train: bool = False) 
     return lambda: joint_graphs.capture(model(), *(inputs or (tokens(),)), train=train)
 
 
+def slope_as_input() -> fx.Graph:
+    return joint_graphs.capture(SlopeAsInput(), tokens(), 1.702, train=False, dynamic=True)
+
+
 def unbacked_rows() -> fx.Graph:
     marks = torch.zeros(6)
     torch._dynamo.decorators.mark_unbacked(marks, 0)
@@ -194,6 +211,7 @@ LOCAL: list[tuple[RejectReason, str, Build, dict]] = [
     (R.OUT_OF_RANGE_IDS, "negative", local(near_misses.NegativeIds), {}),
     (R.REPEATED_IDS, "two_choices", local(CountsDistinctIds), {}),
     (R.VALUE_USED_ELSEWHERE, "pre_activation", local(near_misses.ReturnsPreActivation), {}),
+    (R.RUNTIME_NUMBER, "slope", slope_as_input, {}),
     (R.TOO_LARGE, "five_rows", local(near_misses.LocalMoE), {"max_proof_rows": 5}),
     (R.BACKWARD_NOT_PROVEN, "scaled", local(near_misses.ScalesGradient, train=True), {}),
     (R.BACKWARD_DISABLED, "option", local(near_misses.LocalMoE, train=True), {"backward": False}),
@@ -243,8 +261,18 @@ def test_refuses_both_halves_of_a_graph_break() -> None:
     assert [reasons for reasons in found if reasons] == [["unpaired_gemm"], ["unpaired_gemm"]]
 
 
+@pytest.mark.parametrize("step", ["prove", "blocked"])
+def test_refuses_on_an_internal_error(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(moe_pass, step, fail)
+    assert_refused(R.INTERNAL_ERROR, local(near_misses.LocalMoE), {})
+
+
 def test_every_reason_is_provoked() -> None:
-    assert {case[0] for case in LOCAL + DISTRIBUTED} == set(RejectReason)
+    provoked = {case[0] for case in LOCAL + DISTRIBUTED} | {R.INTERNAL_ERROR}
+    assert provoked == set(RejectReason)
 
 
 def test_every_reason_has_a_name_and_advice() -> None:
@@ -252,11 +280,6 @@ def test_every_reason_has_a_name_and_advice() -> None:
         assert reason.value == reason.name.lower()
         assert len(reason.advice.split()) >= 7
         assert reason.advice.endswith(".")
-
-
-def test_integer_experts_are_no_region() -> None:
-    graph = joint_graphs.capture(near_misses.IntegerExperts(), tokens(), train=False)
-    assert joint_graphs.run_pass(graph) == {}
 
 
 def test_an_accepted_and_a_refused_region_in_one_graph() -> None:

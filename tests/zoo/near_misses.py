@@ -227,24 +227,6 @@ class NegativeIds(BatchedMoE):
         return ids_S - 1
 
 
-class IntegerExperts(BatchedMoE):
-    """Experts in integers."""
-
-    trains = False
-
-    def __init__(self, **shape):
-        super().__init__(**shape)
-        self.w_in_EHN = nn.Parameter((self.w_in_EHN * 8).int(), requires_grad=False)
-        self.w_out_EIH = nn.Parameter((self.w_out_EIH * 8).int(), requires_grad=False)
-
-    def activate(self, pre_SN):
-        gate, up = pre_SN.chunk(2, dim=-1)
-        return F.relu(gate) * up
-
-    def forward(self, x):
-        return super().forward((x * 8).int())
-
-
 class BreakBetweenGemms(LocalMoE):
     """A graph break leaves one GEMM in each of two graphs."""
 
@@ -362,7 +344,6 @@ LOCAL: dict[str, type[LocalMoE]] = {
     "wide_first_gemm": WideFirstGemm,
     "opaque_unpermute": OpaqueUnpermute,
     "negative_ids": NegativeIds,
-    "integer_experts": IntegerExperts,
     "break_between_gemms": BreakBetweenGemms,
 }
 

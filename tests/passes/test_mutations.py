@@ -1,0 +1,202 @@
+"""Accepted regions, broken one thing at a time: a broken region is never replaced.
+
+The judge is independent of the prover: the broken graph and what the pass made of it are run
+node by node on dense random numbers, for all ranks (`lockstep.py`). A changed graph may be
+rewritten only into exactly what it computes. That happens where the change lies at the region's
+border, so that the region proper is as it was (a gradient scaled after it was made, another order
+of a whole stack of experts), or where it makes another correct layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import joint_graphs
+import lockstep
+import mutations
+import pytest
+import torch
+from mutations import Mutation
+from torch import fx, nn
+from zoo import near_misses
+from zoo.textbook import FuncolMoE, InPlaceFunctionMoE
+from zoo.titan import TitanMoE
+
+from comet_compile.passes import find
+
+NUM_TOKENS = 6
+HIDDEN = 32
+SEEDS = (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer that is accepted; `tries` mutations of it, of which `refused` at least are broken
+    and refused."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    train: bool
+    tries: int
+    refused: int
+    world_size: int = 1
+    batched_input: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{'training' if self.train else 'inference'}"
+
+
+def _hf(name: str, implementation: str, train: bool, tries: int, refused: int) -> Case:
+    model = functools.partial(joint_graphs.small_block, name, implementation)
+    kind = implementation.removesuffix("_mm")
+    return Case(f"{name}_{kind}", model, train, tries, refused, batched_input=True)
+
+
+CASES = (
+    Case("local", near_misses.LocalMoE, False, 60, 40),
+    Case("local", near_misses.LocalMoE, True, 70, 45),
+    Case("batched", near_misses.BatchedMoE, False, 40, 20),
+    Case("batched", near_misses.BatchedMoE, True, 50, 20),
+    _hf("mixtral", "grouped_mm", False, 30, 15),
+    _hf("gpt_oss", "grouped_mm", False, 30, 15),
+    _hf("gpt_oss", "batched_mm", True, 20, 10),
+    Case("titan", TitanMoE, False, 30, 20, 2),
+    Case("titan", TitanMoE, True, 15, 8, 2),
+    Case("funcol", FuncolMoE, False, 20, 12, 2),
+    Case("funcol", FuncolMoE, True, 10, 5, 2),
+    Case("in_place_function", InPlaceFunctionMoE, True, 10, 5, 2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """An accepted graph, the names of the nodes that the pass replaces, inputs and results."""
+
+    case: Case
+    graph: fx.Graph
+    region: frozenset[str]
+    inputs: list[dict[str, lockstep.Ranked]]
+    results: list[list[list[object]]]
+
+
+def make_subject(case: Case) -> Subject:
+    shape = (1, NUM_TOKENS, HIDDEN) if case.batched_input else (NUM_TOKENS, HIDDEN)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=generator).bfloat16()
+    graph = joint_graphs.capture(case.model(), x, train=case.train)
+    rewritten = joint_graphs.clone(graph)
+    counts = joint_graphs.run_pass(rewritten)
+    assert joint_graphs.is_rewritten(counts), counts
+    kept = {node.name for node in rewritten.nodes}
+    inputs = [
+        lockstep.random_inputs(graph, case.world_size, seed, NUM_TOKENS) for seed in SEEDS
+    ]
+    results = [lockstep.execute(graph, i, case.world_size) for i in inputs]
+    subject = Subject(
+        case, graph, frozenset({n.name for n in graph.nodes} - kept), inputs, results
+    )
+    assert not differs(subject, rewritten, results), "the rewritten graph computes the same"
+    return subject
+
+
+def differs(subject: Subject, graph: fx.Graph, results: list[list[list[object]]]) -> str:
+    """Where `graph` gives something else than `results`, or an empty string."""
+    for inputs, expected in zip(subject.inputs, results, strict=True):
+        actual = lockstep.execute(graph, inputs, subject.case.world_size)
+        difference = lockstep.differences(actual, expected)
+        if difference:
+            return difference
+    return ""
+
+
+def verdict(subject: Subject, mutation: Mutation) -> str:
+    """What became of one mutation; verdicts in capitals are bugs."""
+    mutant = joint_graphs.clone(subject.graph)
+    try:
+        mutations.mutate(mutant, mutation)
+    except mutations.Inapplicable:
+        return "inapplicable"
+    rewritten = joint_graphs.clone(mutant)
+    before = joint_graphs.listing(rewritten)
+    accepted = joint_graphs.is_rewritten(joint_graphs.run_pass(rewritten))
+    if not accepted and joint_graphs.listing(rewritten) != before:
+        return "REFUSED BUT CHANGED"
+    try:
+        results = [
+            lockstep.execute(mutant, i, subject.case.world_size) for i in subject.inputs
+        ]
+    except (RuntimeError, IndexError, AssertionError, TypeError) as error:
+        return f"ACCEPTED, IT FAILS: {error}" if accepted else "broken and refused"
+    broken = mutation.kind in mutations.SILENT_KINDS or any(
+        lockstep.differences(changed, own)
+        for changed, own in zip(results, subject.results, strict=True)
+    )
+    if not accepted:
+        return "broken and refused" if broken else "refused though equal"
+    wrong = differs(subject, rewritten, results)
+    if wrong:
+        return f"WRONG: {wrong}"
+    return "rewritten to the same" if broken else "equal and rewritten"
+
+
+def judge(subject: Subject, chosen: Iterable[Mutation]) -> Counter[str]:
+    """Count verdicts, and fail with a list of the mutations that show a bug."""
+    counts: Counter[str] = Counter()
+    bugs = []
+    nodes = {node.name: node for node in subject.graph.nodes}
+    for mutation in chosen:
+        found = verdict(subject, mutation)
+        counts[found] += 1
+        if found[:2].isupper():
+            bugs.append(f"{mutation}: {found}: {nodes[mutation.node].format_node()}")
+    assert not bugs, "\n".join(bugs)
+    return counts
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Iterable[Case]:
+    group = (
+        joint_graphs.fake_group(request.param.world_size)
+        if request.param.world_size > 1
+        else contextlib.nullcontext()
+    )
+    with group:
+        yield request.param
+
+
+def test_broken_regions_are_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the first cuts of a region are the likely ones; the slow test below tries all
+    monkeypatch.setattr(find, "_MAX_CANDIDATES", 5)
+    subject = make_subject(case)
+    found = list(mutations.mutations(subject.graph, subject.region))
+    counts = judge(subject, mutations.sampled(found, case.tries, seed=0))
+    assert counts["broken and refused"] >= case.refused, counts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_broken_region_is_refused(case: Case) -> None:
+    subject = make_subject(case)
+    counts = judge(subject, mutations.mutations(subject.graph, subject.region))
+    assert counts["broken and refused"] >= case.refused, counts
+
+
+def test_at_least_two_hundred_are_broken_and_refused() -> None:
+    assert sum(case.refused for case in CASES) >= 200
+
+
+def test_every_kind_of_mutation_is_made_somewhere() -> None:
+    """On the layers that can be captured without a group; the others are for collectives."""
+    made = set()
+    for model in (near_misses.LocalMoE, near_misses.BatchedMoE):
+        x = torch.randn(NUM_TOKENS, HIDDEN).bfloat16()
+        graph = joint_graphs.capture(model(), x, train=True)
+        names = [node.name for node in graph.nodes]
+        made |= {mutation.kind for mutation in mutations.mutations(graph, names)}
+    missing = set(mutations.KINDS) - made
+    collective = {kind for kind in missing if "split" in kind or "collective" in kind}
+    assert missing - collective <= {"other_group", "comparison", "min_for_max", "tanh_for_sigmoid"}
