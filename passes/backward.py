@@ -16,7 +16,7 @@ Steps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from comet_compile.passes.graph_view import (
     val,
 )
 from comet_compile.passes.instance import Instance, close
+from comet_compile.passes.memo import signature
 from comet_compile.passes.probe import Probe, Untracked, Value, make, restrict
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
@@ -55,10 +56,18 @@ class Gradients:
     flipped: frozenset[fx.Node]
 
 
+# by structure: place of each gradient among the nodes looked at, its name, whether it is flipped
+Matches = dict[Hashable, dict[int, tuple[str, bool]] | str]
+
+
 def find_gradients(
-    layer: Layer, graph: fx.Graph, backward: set[fx.Node]
+    layer: Layer, graph: fx.Graph, backward: set[fx.Node], matches: Matches | None = None
 ) -> Gradients | Rejection | None:
-    """The layer's gradients; None if the graph does not differentiate through the layer."""
+    """The layer's gradients; None if the graph does not differentiate through the layer.
+
+    `matches` keeps what was found for layers of the same structure.
+    """
+    matches = {} if matches is None else matches
     core = _core(layer, backward)
     if not core:
         return None
@@ -70,7 +79,7 @@ def find_gradients(
         if not core <= set(pure):
             continue
         tried += 1
-        found = _match(layer, grad_y, pure)
+        found = _match(layer, grad_y, pure, matches)
         if isinstance(found, Gradients):
             return found
         problem = found
@@ -159,19 +168,31 @@ def _with_sources(nodes: set[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
 # -- values -----------------------------------------------------------------------------------
 
 
-def _match(layer: Layer, grad_y: fx.Node, pure: Sequence[fx.Node]) -> Gradients | str:
+def _match(
+    layer: Layer, grad_y: fx.Node, pure: Sequence[fx.Node], matches: Matches
+) -> Gradients | str:
     """Nodes of `pure` by the gradient they hold on every instance, or what is missing."""
-    held: dict[fx.Node, tuple[str, bool]] | None = None
-    for instance in layer.instances():
-        here = _held(layer, instance, grad_y, pure, held)
-        held = here
-        if not held:
-            return f"no gradient follows from {grad_y.name}"
-    assert held is not None
+    candidate = layer.candidate
+    seen = [*candidate.nodes, *pure]
+    key = (signature(seen, [*candidate.inputs, grad_y]), seen.index(grad_y), str(layer.activation))
+    if key not in matches:
+        held: dict[fx.Node, tuple[str, bool]] | None = None
+        for instance in layer.instances():
+            held = _held(layer, instance, grad_y, pure, held)
+            if not held:
+                break
+        matches[key] = (
+            {pure.index(node): role for node, role in held.items()}
+            if held
+            else "no gradient follows from what comes in"
+        )
+    found = matches[key]
+    if isinstance(found, str):
+        return found
     nodes: dict[str, tuple[fx.Node, ...]] = {}
-    for node, (name, _) in held.items():
-        nodes[name] = (*nodes.get(name, ()), node)
-    return Gradients(grad_y, nodes, frozenset(n for n, (_, flip) in held.items() if flip))
+    for place, (name, _) in found.items():
+        nodes[name] = (*nodes.get(name, ()), pure[place])
+    return Gradients(grad_y, nodes, frozenset(pure[i] for i, (_, flip) in found.items() if flip))
 
 
 def _held(

@@ -16,7 +16,7 @@ import itertools
 import logging
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ from comet_compile.errors import CometError
 from comet_compile.kernels import ops as _ops  # noqa: F401, registers torch.ops.comet.*
 from comet_compile.kernels.portable import plan_for
 from comet_compile.passes import find, pictures
-from comet_compile.passes.backward import Gradients, find_gradients
+from comet_compile.passes.backward import Gradients, Matches, find_gradients
 from comet_compile.passes.graph_view import backward_nodes, concrete, numel, source_line, val
+from comet_compile.passes.memo import signature
 from comet_compile.passes.prove import Layer, prove
+from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.rewrite import Rewritten, blocked, finish, replace
 from comet_compile.passes.samples import size_choices
@@ -134,6 +136,8 @@ class _Session:
     graph: fx.Graph
     sink: Sink | None
     rewritten: list[Rewritten] = dataclasses.field(default_factory=list)
+    proofs: dict[Hashable, Layer | Rejection] = dataclasses.field(default_factory=dict)
+    matches: Matches = dataclasses.field(default_factory=dict)
 
     @property
     def is_recording(self) -> bool:
@@ -202,12 +206,14 @@ class _Session:
         for candidate in find.candidates(pair, self.graph, backward):
             if isinstance(candidate, Rejection):
                 return refusal or candidate
-            layer = prove(candidate, self.config.max_proof_rows, group_size)
+            layer = self._prove_forward(candidate)
             if isinstance(layer, Rejection):
                 log.debug("comet: %s refused: %s", candidate, layer)
                 refusal = _more_telling(refusal, layer)
                 continue
-            gradients = find_gradients(layer, self.graph, backward) if backward else None
+            gradients = None
+            if backward:
+                gradients = find_gradients(layer, self.graph, backward, self.matches)
             if isinstance(gradients, Gradients) and not self.config.backward:
                 return Rejection(RejectReason.BACKWARD_DISABLED, f"{candidate.y.name} is trained")
             if isinstance(gradients, Rejection):
@@ -225,6 +231,20 @@ class _Session:
             return layer, gradients
         assert refusal is not None
         return refusal
+
+    def _prove_forward(self, candidate: find.Candidate) -> Layer | Rejection:
+        """`prove`, once for layers of the same structure."""
+        ids = candidate.ids
+        key = (
+            signature(candidate.nodes, candidate.inputs),
+            interval(ids),
+            are_distinct(ids),
+            tuple(candidate.nodes.index(n) for n in candidate.inputs),
+        )
+        if key not in self.proofs:
+            self.proofs[key] = prove(candidate, self.config.max_proof_rows, group_size)
+        known = self.proofs[key]
+        return known if isinstance(known, Rejection) else known.transferred(candidate)
 
     def _save(self, layer: Layer) -> str:
         if self.config.save != "auto":

@@ -68,6 +68,15 @@ class Layer:
     def out_dtype(self) -> torch.dtype:
         return val(self.candidate.y).dtype
 
+    def transferred(self, candidate: Candidate) -> Layer:
+        """The same proof for a region of the same structure."""
+        if candidate is self.candidate:
+            return self
+        twin = dict(zip(self.candidate.nodes, candidate.nodes, strict=True))
+        tables = (self.roles.b_in, self.roles.b_up, self.roles.b_out)
+        roles = Roles(*(None if table is None else twin[table] for table in tables))
+        return dataclasses.replace(self, candidate=candidate, roles=roles)
+
     def instances(self) -> Iterator[Instance]:
         """The instances on which the backward is held against the oracle."""
         for sample in samples(self.candidate, self.form):

@@ -90,6 +90,8 @@ def compare_with_oracle(
     *,
     rank: int,
     train: bool,
+    input_grad: bool = True,
+    wrap: Callable[[nn.Module], Callable[..., Any]] = lambda model: model,
     codegen: bool = False,
     **compile_options: Any,
 ) -> Outcome:
@@ -99,25 +101,38 @@ def compare_with_oracle(
     place in it. Gradients of experts come from the tokens of all ranks.
     """
     oracle = ep.oracle_of(model)
-    refs = [_oracle_results(oracle, model, xs, rank, train) for xs in steps]
-    eagers = [results(model, model, xs[rank], train, ep.gradients_of) for xs in steps]
+
+    def own(call: Callable[..., Any], x: Tensor) -> dict[str, Tensor]:
+        return results(model, call, x, train, ep.gradients_of, input_grad)
+
+    refs = [_oracle_results(oracle, model, xs, rank, train, input_grad) for xs in steps]
+    eagers = [own(model, xs[rank]) for xs in steps]
     compile_options.setdefault("fullgraph", True)
     with fresh_compilation(codegen):
-        compiled = torch.compile(model, backend=BACKEND, **compile_options)
+        compiled = torch.compile(wrap(model), backend=BACKEND, **compile_options)
         for step, xs in enumerate(steps):
-            got = results(model, compiled, xs[rank], train, ep.gradients_of)
+            got = own(compiled, xs[rank])
             assert_all_match(got, refs[step], eagers[step], f"rank {rank}, step {step}")
         return snapshot(compiled)
 
 
 def _oracle_results(
-    oracle: nn.Module, model: nn.Module, xs: Sequence[Tensor], rank: int, train: bool
+    oracle: nn.Module,
+    model: nn.Module,
+    xs: Sequence[Tensor],
+    rank: int,
+    train: bool,
+    input_grad: bool,
 ) -> dict[str, Tensor]:
     """Return this rank's results, with the experts' gradients summed over the ranks' tokens."""
     own: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
+
+    def gradients(module: nn.Module) -> Mapping[str, Tensor | None]:
+        return ep.oracle_gradients(module, model)
+
     for peer, x in enumerate(xs):
-        found = results(oracle, oracle, x.float(), train, lambda o: ep.oracle_gradients(o, model))
+        found = results(oracle, oracle, x.float(), train, gradients, input_grad)
         for name, value in found.items():
             if ".w_" in name:
                 total[name] = total.get(name, 0) + value
@@ -132,10 +147,11 @@ def results(
     x: Tensor,
     train: bool,
     gradients: Callable[[nn.Module], Mapping[str, Tensor | None]] | None = None,
+    input_grad: bool = True,
 ) -> dict[str, Tensor]:
     """Return the output of `call(x)` and, if `train`, the gradients of a fixed random loss."""
     model.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_(train and x.is_floating_point())
+    x = x.detach().clone().requires_grad_(train and input_grad and x.is_floating_point())
     with torch.set_grad_enabled(train):
         out = first_tensor(call(x))
     found = {"output": out.detach()}
@@ -144,7 +160,7 @@ def results(
     generator = torch.Generator().manual_seed(11)
     cotangent = torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype)
     out.backward(cotangent)
-    if x.is_floating_point():
+    if x.requires_grad:
         found["grad of input"] = _gradient(x.grad)
     named = gradients or (lambda m: {name: p.grad for name, p in m.named_parameters()})
     for name, grad in named(model).items():
@@ -166,9 +182,7 @@ def assert_all_match(
     assert set(got) == set(ref) == set(eager), set(got) ^ set(ref) | set(got) ^ set(eager)
     for name, value in got.items():
         # float64: the bound is earned from eager also where a parameter is float32 already
-        numerics.assert_matches_ref(
-            value, ref[name].double(), eager[name], what=f"{where}, {name}"
-        )
+        numerics.assert_matches_ref(value, ref[name].double(), eager[name], what=f"{where}, {name}")
 
 
 def assert_rewritten(outcome: Outcome, num_layers: int, *, train: bool) -> None:

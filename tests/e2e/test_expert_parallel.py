@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from distributed.gloo import run_ranks
 from e2e import harness
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 from zoo import ep, near_misses, textbook, titan
 
 LAYERS = {
@@ -61,6 +64,31 @@ def _two_layers(rank: int, world_size: int) -> None:
     outcome = _compare(stack, rank, world_size, train=True)
     assert outcome.graphs == 1
     harness.assert_rewritten(outcome, 2, train=True)
+
+
+@pytest.mark.parametrize("case", ["checkpointed", "input_without_gradient", "frozen_experts"])
+def test_training_with_less_than_everything(case: str) -> None:
+    run_ranks(_training_case, 2, case, timeout=TIMEOUT)
+
+
+def _training_case(rank: int, world_size: int, case: str) -> None:
+    layer = titan.TitanMoE()
+    if case == "frozen_experts":
+        for weight in (layer.w1_LIH, layer.w3_LIH, layer.w2_LHI):
+            weight.requires_grad_(False)
+    outcome = harness.compare_with_oracle(
+        layer,
+        [_tokens([16] * world_size)],
+        rank=rank,
+        train=True,
+        input_grad=case != "input_without_gradient",
+        wrap=_checkpointed if case == "checkpointed" else lambda module: module,
+    )
+    harness.assert_rewritten(outcome, 1, train=True)
+
+
+def _checkpointed(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: checkpoint(module, x, use_reentrant=False)
 
 
 def test_token_counts_differ_by_rank_and_step() -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from comet_compile import passes
-from comet_compile.errors import OptionError
 from distributed.gloo import run_ranks
 from e2e import harness
 from torch import fx
@@ -15,6 +12,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from zoo import ep, near_misses, textbook
+
+from comet_compile import passes
+from comet_compile.errors import OptionError
 
 BAD_OPTION_ERRORS = (OptionError, BackendCompilerFailed)
 

@@ -139,9 +139,7 @@ def hidden_states(
 ) -> Tensor:
     """Return input [B, S, H] for `moe_block(name)` with planted routing."""
     top_k = _SPECIFIC[name]["num_experts_per_tok"]
-    ids_TA = routing.spread_ids(
-        batch * seq, NUM_EXPERTS, top_k, seed, _ROUTING_GROUPS.get(name, 1)
-    )
+    ids_TA = routing.spread_ids(batch * seq, NUM_EXPERTS, top_k, seed, _ROUTING_GROUPS.get(name, 1))
     x_TH = routing.planted_tokens(ids_TA, NUM_EXPERTS, HIDDEN, seed)
     return x_TH.to(dtype).view(batch, seq, HIDDEN)
 

@@ -38,9 +38,9 @@ class FuncolMoE(_FusedGateUp):
     def routed(self, x: Tensor, scores_TA: Tensor, ids_TA: Tensor) -> Tensor:
         ids_S = ids_TA.view(-1)
         order_S = torch.argsort(ids_S, stable=True)
-        counts_E = torch.zeros(
-            self.num_experts, dtype=torch.int64, device=x.device
-        ).scatter_add(0, ids_S, torch.ones_like(ids_S))
+        counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device).scatter_add(
+            0, ids_S, torch.ones_like(ids_S)
+        )
         rows_RH, perm_R, offs_L, send, receive = self.dispatch(x[order_S // self.top_k], counts_E)
         out_RH = self.experts(rows_RH[perm_R], offs_L)[torch.argsort(perm_R)]
         out_SH = self.combine(out_RH, send, receive)
