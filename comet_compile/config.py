@@ -96,9 +96,10 @@ class CometConfig:
     """What the forward keeps for the backward beside its own inputs: ``nothing`` recomputes,
     ``pre_activation`` keeps the rows in front of the activation, ``auto`` chooses by form."""
 
-    max_proof_rows: int = _option(262_144, _POSITIVE_INT)
-    """Largest number of rows (token copies of all ranks together) that the prover simulates for
-    one region; a region with more is refused."""
+    max_proof_rows: int = _option(4_194_304, _POSITIVE_INT)
+    """Largest number of rows (tokens times top-k) that the prover simulates for a region of one
+    device; a region with more is refused. Regions of several ranks have no limit: their number of
+    tokens may differ by rank, and all ranks must come to the same verdict."""
 
     dump: str | None = _option(None, _DIRECTORY, changes_graph=False)
     """Directory into which each compiled graph is written before and after, with its plan."""

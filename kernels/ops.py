@@ -38,6 +38,10 @@ from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import LayerMath, Needs, weight_gradients
 from comet_compile.kernels.validate import Layer, check_layer
 
+# The portable all-to-all path reads counts on the host: Inductor must not capture it in a CUDA
+# graph. Without the tag it would, since the graph itself holds no host read any more.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
 _LAYER_TENSORS = (
     "Tensor x, Tensor ids, Tensor? weights, Tensor w_in, Tensor? w_up, Tensor w_out, "
     "Tensor? b_in, Tensor? b_up, Tensor? b_out"
@@ -47,6 +51,7 @@ _LAYER_TENSORS = (
 @torch.library.custom_op(
     "comet::moe_layer",
     mutates_args=(),
+    tags=_TAGS,
     schema=f"({_LAYER_TENSORS}, Tensor? token, *, str activation, str weight_place, "
     "ScalarType product_dtype, ScalarType out_dtype, str form, str group_name, str save) "
     "-> (Tensor, Tensor, Tensor)",
@@ -124,6 +129,7 @@ def _(
 @torch.library.custom_op(
     "comet::moe_layer_backward",
     mutates_args=(),
+    tags=_TAGS,
     schema=f"(Tensor grad_y, {_LAYER_TENSORS}, Tensor saved, Tensor? token, *, str activation, "
     "str weight_place, ScalarType product_dtype, str form, str group_name, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -36,7 +36,7 @@ from comet_compile.passes.memo import signature
 from comet_compile.passes.probe import Probe, Untracked, Value, make, restrict
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.simulate import Failed, run
+from comet_compile.passes.simulate import Failed, Ranked, run
 
 aten = torch.ops.aten
 
@@ -205,25 +205,25 @@ def _held(
     """(gradient name, transposed) of each node of `pure` that holds one on this instance."""
     candidate = layer.candidate
     bound = {**instance.bindings(), grad_y: instance.rows(grad_y, instance.grad_y)}
-    env = run([*candidate.nodes, *pure], bound, layer.form.world, instance.sample.symbols)
     expected = _oracle_gradients(layer, instance)
     columns = _columns(layer, instance)
-    held = {}
-    for node in pure:
-        if node is grad_y or not is_float(node) or not _can_take(node):
-            continue
-        if suspects is not None and node not in suspects:
-            continue
-        values = env[node]
-        if isinstance(values, Failed):
-            continue
-        for name, grads in expected.items():
-            if suspects is not None and suspects[node][0] != name:
-                continue
-            flip = _holds(values, grads, columns[name])
+    looked_at = set(pure) - {grad_y}
+    held: dict[fx.Node, tuple[str, bool]] = {}
+
+    def observe(node: fx.Node, values: Ranked | Failed) -> None:
+        if node not in looked_at or isinstance(values, Failed) or not is_float(node):
+            return
+        if not _can_take(node) or (suspects is not None and node not in suspects):
+            return
+        names = expected if suspects is None else (suspects[node][0],)
+        for name in names:
+            flip = _holds(values, expected[name], columns[name])
             if flip is not None:
                 held[node] = (name, flip)
-                break
+                return
+
+    nodes = [*candidate.nodes, *pure]
+    run(nodes, bound, layer.form.world, instance.sample.symbols, observe=observe)
     return held
 
 

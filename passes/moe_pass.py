@@ -11,6 +11,7 @@ Each step can only turn the region into a refusal with a reason.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
@@ -69,6 +70,7 @@ def group_size(name: Any) -> int | None:
         return None
 
 
+@functools.cache
 def source_digest() -> str:
     """Hash of every source file that the compiled result depends on."""
     here = pathlib.Path(__file__).resolve().parent

@@ -19,7 +19,7 @@ Steps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -44,7 +44,7 @@ from comet_compile.passes.samples import (
     routings,
     size_choices,
 )
-from comet_compile.passes.simulate import Environment, Failed, World, run
+from comet_compile.passes.simulate import Failed, Ranked, World, values_of
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -167,8 +167,9 @@ def _check_size(candidate: Candidate, form: Form, max_rows: int) -> Rejection | 
         )
     except ValueError as error:
         return Rejection(RejectReason.DYNAMIC_SPLITS, f"{candidate.x.name}: {error}")
-    if rows * form.world.size > max_rows:
-        detail = f"{rows * form.world.size} rows on {form.world.size} ranks, allowed {max_rows}"
+    # tokens differ by rank, so between ranks their number must not decide
+    if rows > max_rows and form.name == "local":
+        detail = f"{rows} rows, allowed {max_rows}"
         return Rejection(RejectReason.TOO_LARGE, detail)
     return None
 
@@ -276,8 +277,7 @@ def _identify(
     scale = max([1.0, *(0.7 * c for c in clamps if c < 100)])
     sample = next(iter(samples(candidate, form)))
     instance = Instance(candidate, roles, form, sample, scale)
-    env = run(candidate.nodes, instance.bindings(), form.world, sample.symbols)
-    outcome = outputs(env, candidate.y, instance)
+    outcome = outputs(candidate.y, instance)
     if isinstance(outcome, Rejection):
         yield outcome
         return
@@ -298,15 +298,13 @@ def _unidentified(candidate: Candidate, instance: Instance, place: str, few: int
     world, symbols = instance.form.world, instance.sample.symbols
     bound = instance.bindings()
     try:
-        inner = run(candidate.nodes, bound, world, symbols)
-        values = inner[pair.ins[0].node]
+        values = values_of(pair.ins[0].node, candidate.nodes, bound, world, symbols)
         if isinstance(values, Failed):
             return Rejection(values.reason, values.detail)
         linear = [_first_columns(v, instance, pair.out) for v in values]
     except Untracked:
         return Rejection(plain, detail)
-    env = run(candidate.nodes, {**bound, pair.out.rows: linear}, world, symbols)
-    outcome = outputs(env, candidate.y, instance)
+    outcome = outputs(candidate.y, instance, {pair.out.rows: linear})
     if isinstance(outcome, Rejection) or place == "between":
         return Rejection(plain, detail)
     linear_instance = dataclasses.replace(instance)
@@ -352,9 +350,13 @@ def _linear_expectation(
 # -- verification -----------------------------------------------------------------------------
 
 
-def outputs(env: Environment, node: fx.Node, instance: Instance) -> list[Tensor] | Rejection:
-    """[T, h] rows of a [.., H] node on every rank."""
-    values = env[node]
+def outputs(
+    node: fx.Node, instance: Instance, overrides: Mapping[fx.Node, Ranked] | None = None
+) -> list[Tensor] | Rejection:
+    """[T, h] rows of a [.., H] node of the region on every rank of `instance`."""
+    bound = {**instance.bindings(), **(overrides or {})}
+    nodes, form = instance.candidate.nodes, instance.form
+    values = values_of(node, nodes, bound, form.world, instance.sample.symbols)
     if isinstance(values, Failed):
         return Rejection(values.reason, values.detail)
     width = len(instance.h_cols)
@@ -374,8 +376,7 @@ def _verify(layer: Layer) -> Rejection | None:
     candidate = layer.candidate
     for sample in samples(candidate, layer.form):
         instance = Instance(candidate, layer.roles, layer.form, sample, layer.scale)
-        env = run(candidate.nodes, instance.bindings(), layer.form.world, sample.symbols)
-        outcome = outputs(env, candidate.y, instance)
+        outcome = outputs(candidate.y, instance)
         expected = instance.expected(layer.activation, layer.weight_place)
         if sample.may_be_impossible:
             refused = _check_unusual(layer, sample, outcome, expected)

@@ -73,12 +73,21 @@ def routings(
     if num_experts > experts_per_rank >= top_k:
         first = experts[:experts_per_rank]
         yield "one_rank_receives_all", tuple(distinct(r, first, 3) for r in ranks)
+    if num_ranks > 1 and num_experts > experts_per_rank:
+        # by chance, few tokens may exchange equal numbers of rows: here no two ranks do
+        window = experts[: max(experts_per_rank, top_k)]
+        yield (
+            "to_the_next_rank",
+            tuple(
+                distinct(r, (window + (r + 1) * experts_per_rank) % num_experts, 7) for r in ranks
+            ),
+        )
     yield "second_random", tuple(distinct(r, experts, 4) for r in ranks)
     # random ids of few tokens miss experts, and a fault at one expert shows at its tokens only
     num_slots = num_tokens * top_k
     for last in range(num_experts - 1, -1, -max(num_slots, 1)):
-        in_turn = (last - torch.arange(num_slots)) % num_experts
-        yield f"experts_up_to_{last}", tuple(in_turn.view(num_tokens, top_k) for _ in ranks)
+        in_turn = last - torch.arange(num_slots).view(num_tokens, top_k)
+        yield f"experts_up_to_{last}", tuple((in_turn + r) % num_experts for r in ranks)
     if top_k > 1:
         one = torch.full((num_tokens, top_k), num_experts // 2)
         yield REPEATED, tuple(one.clone() for _ in ranks)

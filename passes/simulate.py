@@ -53,15 +53,40 @@ def run(
     bindings: Mapping[fx.Node, Ranked],
     world: World,
     symbols: Mapping[Any, int],
-) -> Environment:
-    """Values of `nodes` (in graph order) given `bindings` for the region's inputs.
+    *,
+    observe: Callable[[fx.Node, Ranked | Failed], None],
+) -> None:
+    """Compute `nodes` (in graph order) given `bindings` for the region's inputs.
 
-    `symbols` maps backed size symbols to the sizes of this sample.
+    `symbols` maps backed size symbols to the sizes of this sample. `observe` sees every value once;
+    a value is dropped after its last use, since a region of many rows has many values.
     """
     env: Environment = {}
+    last_use = {source: node for node in nodes for source in node.all_input_nodes}
     for node in nodes:
         env[node] = bindings[node] if node in bindings else _step(node, env, world, symbols)
-    return env
+        observe(node, env[node])
+        for source in {*node.all_input_nodes, node}:
+            if last_use.get(source, source) is node:
+                env.pop(source, None)
+
+
+def values_of(
+    wanted: fx.Node,
+    nodes: Sequence[fx.Node],
+    bindings: Mapping[fx.Node, Ranked],
+    world: World,
+    symbols: Mapping[Any, int],
+) -> Ranked | Failed:
+    """The value of one of `nodes` on every rank; see `run`."""
+    found: list[Ranked | Failed] = []
+
+    def observe(node: fx.Node, value: Ranked | Failed) -> None:
+        if node is wanted:
+            found.append(value)
+
+    run(nodes, bindings, world, symbols, observe=observe)
+    return found[0]
 
 
 def _step(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -180,23 +181,24 @@ def only(graph: fx.Graph, target: Any) -> fx.Node:
     return node
 
 
-def normalized(graph: fx.Graph, skip: Sequence[fx.Node] = ()) -> str:
-    """Return one line per call, values numbered in order: ``%3 = aten.mm(%0, %1)``.
+def normalized(nodes: Sequence[fx.Node]) -> str:
+    """Return one line per call, values numbered in graph order: ``%3 = aten.mm(%0, %1)``.
 
-    Shapes and dtypes are printed for placeholders only, and `skip` not at all.
+    The options of comet's ops follow on lines of their own.
     """
-    numbers: dict[fx.Node, str] = {}
+    numbers = {node: f"%{i}" for i, node in enumerate(nodes[0].graph.nodes)}
     lines = []
-    for node in graph.nodes:
-        numbers[node] = f"%{len(numbers)}"
-        if node in skip or node.op == "placeholder":
-            continue
+    for node in nodes:
         args = fx.node.map_arg(node.args, lambda n: _Text(numbers[n]))
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: _Text(numbers[n]))
-        parts = [str(a) for a in args] + [f"{k}={v}" for k, v in kwargs.items() if v is not None]
+        options = [f"{k}={v}" for k, v in node.kwargs.items()]
         name = str(node.target).removesuffix(".default").replace("built-in function ", "")
-        result = "" if node.op == "output" else f"{numbers[node]} = "
-        lines.append(f"{result}{name}({', '.join(parts)})")
+        call = ", ".join(str(a) for a in args)
+        if name.startswith("comet"):
+            lines.append(f"{numbers[node]} = {name}({call},")
+            lines += textwrap.wrap(", ".join(options) + ")", 90, initial_indent="    ",
+                                   subsequent_indent="    ")  # fmt: skip
+        else:
+            lines.append(f"{numbers[node]} = {name}({', '.join([call, *options])})")
     return "\n".join(lines)
 
 

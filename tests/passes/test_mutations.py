@@ -57,18 +57,18 @@ def _hf(name: str, implementation: str, train: bool, tries: int, refused: int) -
 
 
 CASES = (
-    Case("local", near_misses.LocalMoE, False, 60, 40),
-    Case("local", near_misses.LocalMoE, True, 70, 45),
-    Case("batched", near_misses.BatchedMoE, False, 40, 20),
-    Case("batched", near_misses.BatchedMoE, True, 50, 20),
+    Case("local", near_misses.LocalMoE, False, 70, 45),
+    Case("local", near_misses.LocalMoE, True, 80, 50),
+    Case("batched", near_misses.BatchedMoE, False, 60, 25),
+    Case("batched", near_misses.BatchedMoE, True, 60, 30),
     _hf("mixtral", "grouped_mm", False, 30, 15),
-    _hf("gpt_oss", "grouped_mm", False, 30, 15),
-    _hf("gpt_oss", "batched_mm", True, 20, 10),
-    Case("titan", TitanMoE, False, 30, 20, 2),
-    Case("titan", TitanMoE, True, 15, 8, 2),
-    Case("funcol", FuncolMoE, False, 20, 12, 2),
-    Case("funcol", FuncolMoE, True, 10, 5, 2),
-    Case("in_place_function", InPlaceFunctionMoE, True, 10, 5, 2),
+    _hf("gpt_oss", "grouped_mm", False, 12, 6),
+    _hf("gpt_oss", "batched_mm", True, 8, 4),
+    Case("titan", TitanMoE, False, 20, 12, 2),
+    Case("titan", TitanMoE, True, 10, 5, 2),
+    Case("funcol", FuncolMoE, False, 15, 8, 2),
+    Case("funcol", FuncolMoE, True, 8, 4, 2),
+    Case("in_place_function", InPlaceFunctionMoE, True, 8, 4, 2),
 )
 
 
@@ -187,16 +187,3 @@ def test_every_broken_region_is_refused(case: Case) -> None:
 
 def test_at_least_two_hundred_are_broken_and_refused() -> None:
     assert sum(case.refused for case in CASES) >= 200
-
-
-def test_every_kind_of_mutation_is_made_somewhere() -> None:
-    """On the layers that can be captured without a group; the others are for collectives."""
-    made = set()
-    for model in (near_misses.LocalMoE, near_misses.BatchedMoE):
-        x = torch.randn(NUM_TOKENS, HIDDEN).bfloat16()
-        graph = joint_graphs.capture(model(), x, train=True)
-        names = [node.name for node in graph.nodes]
-        made |= {mutation.kind for mutation in mutations.mutations(graph, names)}
-    missing = set(mutations.KINDS) - made
-    collective = {kind for kind in missing if "split" in kind or "collective" in kind}
-    assert missing - collective <= {"other_group", "comparison", "min_for_max", "tanh_for_sigmoid"}

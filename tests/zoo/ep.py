@@ -195,7 +195,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
     found: dict[str, Tensor | None] = {}
     for i, layer in enumerate(expert_parallel_layers(model)):
         found[f"{i}.gate"] = layer.gate.grad
-        if any(name != "gate" and p.requires_grad for name, p in layer.named_parameters()):
+        if _trains_experts(layer):
             found |= {f"{i}.{name}": grad for name, grad in layer.expert_gradients().items()}
     return found
 
@@ -206,10 +206,14 @@ def oracle_gradients(oracle: nn.Module, model: nn.Module) -> dict[str, Tensor | 
     dense = [m for m in oracle.modules() if isinstance(m, DenseMoE)]
     for i, (twin, layer) in enumerate(zip(dense, expert_parallel_layers(model), strict=True)):
         found[f"{i}.gate"] = twin.gate.grad
-        if any(name != "gate" and p.requires_grad for name, p in layer.named_parameters()):
+        if _trains_experts(layer):
             for name in ("w_gate", "w_up", "w_down"):
                 found[f"{i}.{name}"] = getattr(twin, name).grad[layer.own]
     return found
+
+
+def _trains_experts(layer: ExpertParallelLayer) -> bool:
+    return any(p.requires_grad for name, p in layer.named_parameters() if name != "gate")
 
 
 def tokens(
