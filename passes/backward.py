@@ -135,10 +135,24 @@ def _pure_part(
             continue
         if all(s in pure or s in known or _is_constant(s, known) for s in node.all_input_nodes):
             pure.add(node)
-    helpers = {s for n in pure for s in n.all_input_nodes if s not in pure and s not in known} - {
-        grad_y
-    }
+    pure = _about(pure, grad_y, known - set(candidate.inputs), order)
+    helpers = {s for n in pure for s in n.all_input_nodes if s not in pure and s not in known}
+    helpers.discard(grad_y)
     return sorted(pure | _with_sources(helpers, known), key=order.__getitem__)
+
+
+def _about(
+    pure: set[fx.Node], grad_y: fx.Node, inner: set[fx.Node], order: dict[fx.Node, int]
+) -> set[fx.Node]:
+    """Those of `pure` that use the region's inner values, what they need, what follows from them.
+
+    The rest (the residual stream's own gradient, say) differs from layer to layer.
+    """
+    touched: set[fx.Node] = set()
+    for node in sorted(pure - {grad_y}, key=order.__getitem__):
+        if any(s in inner or s in touched for s in node.all_input_nodes):
+            touched.add(node)
+    return (ancestors(touched, stop=lambda n: n not in pure) & pure) | {grad_y}
 
 
 def _reach(root: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:

@@ -393,7 +393,7 @@ def _cuts(
             if isinstance(closed, Rejection):
                 yield closed
                 continue
-            if closed is None or ids not in closed.nodes or weights not in {None, *closed.nodes}:
+            if closed is None or not cut <= closed.nodes:
                 continue
             nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
             yield Candidate(pair, x, ids, weights, y, closed.biases, nodes, slots[ids])

@@ -265,12 +265,19 @@ def _result_is_zero(name: str, flags: list[bool | None]) -> bool:
     return name in _ZERO_IF_ALL and len(tensors) == len(flags) and all(tensors)
 
 
-def _is_zero_operand(value: Value, dim: int | None) -> bool:
-    """Whether an operand is zero outside its columns; one that broadcasts (dim None) is one
-    number there."""
-    if dim is not None:
-        return zero_outside(value, dim)
-    return isinstance(value, torch.Tensor) and not bool(value.any())
+def _is_zero_operand(value: Value, dim: int | None, common: Support) -> bool:
+    """Whether an operand is zero outside the `common` columns; one that broadcasts (dim None) is
+    one number there."""
+    if dim is None:
+        return isinstance(value, torch.Tensor) and not bool(value.any())
+    if not zero_outside(value, dim):
+        return False
+    own = support_of(value, dim)
+    if own is None or not isinstance(value, Probe):
+        return True
+    # columns that another operand does not know are dropped: they must be zero, too
+    dropped = [place for place, col in enumerate(own.cols) if col not in common.cols]
+    return not bool(value.data.index_select(dim, torch.tensor(dropped, dtype=torch.int64)).any())
 
 
 def _pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
@@ -303,7 +310,7 @@ def _pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Va
         count = 0
         for arg in args:
             if isinstance(arg, (Probe, torch.Tensor)):
-                flags.append(_is_zero_operand(operands[count], positions.get(count)))
+                flags.append(_is_zero_operand(operands[count], positions.get(count), common))
                 count += 1
             elif isinstance(arg, (int, float)) and not isinstance(arg, bool):
                 flags.append(None)

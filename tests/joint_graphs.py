@@ -156,8 +156,12 @@ def rejections(counts: dict[str, int]) -> list[str]:
     return sorted(name[len(prefix) :] for name in counts if name.startswith(prefix))
 
 
+def num_rewritten(counts: dict[str, int]) -> int:
+    return counts.get("regions_portable", 0) + counts.get("regions_fused", 0)
+
+
 def is_rewritten(counts: dict[str, int]) -> bool:
-    return bool(counts.get("regions_portable", 0) + counts.get("regions_fused", 0))
+    return num_rewritten(counts) > 0
 
 
 # -- looking at graphs ------------------------------------------------------------------------

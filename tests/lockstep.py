@@ -118,7 +118,8 @@ def _wide(value: Any) -> Any:
 
 def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor, *_: Any) -> Tensor:
     bounds = list(itertools.pairwise([0, *offs.tolist()]))
-    assert all(0 <= a <= b <= left.shape[left.ndim - 1 if right.ndim == 2 else 0] for a, b in bounds)
+    rows = left.shape[1 if right.ndim == 2 else 0]
+    assert all(0 <= a <= b <= rows for a, b in bounds), bounds
     if right.ndim == 2:
         return torch.stack([left[:, a:b] @ right[a:b] for a, b in bounds])
     out = left.new_full((left.shape[0], right.shape[2]), math.nan)

@@ -225,7 +225,6 @@ DISTRIBUTED: list[tuple[RejectReason, str, Build, dict]] = [
     (R.NOT_EQUIVALENT, "splits_swapped", local(near_misses.SplitsSwapped), {}),
     (R.VALUE_USED_ELSEWHERE, "rows_escape", local(near_misses.DispatchedRowsEscape), {}),
     (R.NO_EXPERT_IDS, "dispatch_only", local(near_misses.DispatchOnly), {}),
-    (R.TOO_LARGE, "two_ranks", local(TitanMoE), {"max_proof_rows": 23}),
     (R.DYNAMIC_SPLITS, "unbacked_input", unbacked_rows, {}),
 ]
 
@@ -253,6 +252,13 @@ def test_refuses(reason: RejectReason, name: str, build: Build, options: dict) -
 @pytest.mark.parametrize(("reason", "name", "build", "options"), named(DISTRIBUTED))
 def test_refuses_with_a_group(reason: RejectReason, name: str, build: Build, options: dict) -> None:
     assert_refused(reason, build, options)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_the_number_of_tokens_refuses_nothing_between_ranks() -> None:
+    """Ranks have their own numbers of tokens, and must decide alike."""
+    graph = joint_graphs.capture(TitanMoE(), tokens(), train=False)
+    assert joint_graphs.is_rewritten(joint_graphs.run_pass(graph, max_proof_rows=1))
 
 
 def test_refuses_both_halves_of_a_graph_break() -> None:

@@ -1,4 +1,4 @@
-"""What the rewrite leaves behind: the ops, their metadata, and everything that is not the region's."""
+"""What the rewrite leaves behind: the ops, their metadata, and all that is not the region's."""
 
 from __future__ import annotations
 
@@ -84,13 +84,18 @@ def replaced(before: fx.Graph, after: fx.Graph) -> str:
 
 def test_local_inference() -> None:
     before, after = rewritten("batched", train=False)
-    assert_expected_inline(replaced(before, after), """\
+    assert_expected_inline(
+        replaced(before, after),
+        """\
 aten.unsqueeze aten.expand aten.clone aten.view aten.unsqueeze aten.index.Tensor aten.bmm
 aten.squeeze.dim aten.split.Tensor <built-in function getitem> <built-in function getitem>
 prims.convert_element_type aten.neg aten.exp aten.add.Tensor aten.div.Tensor
 prims.convert_element_type aten.mul.Tensor aten.unsqueeze aten.index.Tensor aten.bmm
-aten.squeeze.dim aten.view aten.mul.Tensor aten.sum.dim_IntList""")
-    assert_expected_inline(emitted(after), """\
+aten.squeeze.dim aten.view aten.mul.Tensor aten.sum.dim_IntList""",
+    )
+    assert_expected_inline(
+        emitted(after),
+        """\
 %15 = aten.view(%14, [-1])
 %16 = aten.unsqueeze(%13, -1)
 %17 = prims.convert_element_type(%16, torch.bfloat16)
@@ -99,12 +104,15 @@ aten.squeeze.dim aten.view aten.mul.Tensor aten.sum.dim_IntList""")
 %20 = comet.moe_layer(%1, %18, %19, %2, None, %3, None, None, None, None,
     activation=silu_glu, weight_place=after, product_dtype=torch.bfloat16, form=local,
     group_name=, out_dtype=torch.bfloat16, save=nothing)
-%21 = <getitem>(%20, 0)""")
+%21 = <getitem>(%20, 0)""",
+    )
 
 
 def test_local_training() -> None:
     _, after = rewritten("local", train=True)
-    assert_expected_inline(emitted(after), """\
+    assert_expected_inline(
+        emitted(after),
+        """\
 %16 = aten.view(%15, [-1])
 %17 = aten.unsqueeze(%14, -1)
 %18 = prims.convert_element_type(%17, torch.bfloat16)
@@ -121,13 +129,16 @@ def test_local_training() -> None:
 %25 = <getitem>(%24, 0)
 %26 = <getitem>(%24, 1)
 %27 = <getitem>(%24, 2)
-%28 = <getitem>(%24, 4)""")
+%28 = <getitem>(%24, 4)""",
+    )
 
 
 @pytest.mark.usefixtures("fake_group")
 def test_all_to_all_inference() -> None:
     _, after = rewritten("titan", train=False)
-    assert_expected_inline(emitted(after), """\
+    assert_expected_inline(
+        emitted(after),
+        """\
 %16 = aten.view(%14, [-1])
 %17 = aten.permute(%2, [0, 2, 1])
 %18 = aten.permute(%3, [0, 2, 1])
@@ -136,7 +147,8 @@ def test_all_to_all_inference() -> None:
 %21 = comet.moe_layer(%1, %15, %20, %17, %18, %19, None, None, None, None,
     activation=silu_glu, weight_place=after, product_dtype=torch.float32, form=all_to_all,
     group_name=0, out_dtype=torch.bfloat16, save=nothing)
-%22 = <getitem>(%21, 0)""")
+%22 = <getitem>(%21, 0)""",
+    )
 
 
 # -- for every layer ---------------------------------------------------------------------------
