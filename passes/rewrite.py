@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from comet_compile.passes.graph_view import (
     ancestors,
     descendants,
     describe,
+    expression,
     is_collective,
     is_float,
     same_size,
@@ -281,10 +282,31 @@ def _substitute_output(layer: Layer, new: fx.Node) -> None:
         ]
         assert x_dims == val(y).ndim or all(isinstance(size, int) for size in lead)
         new = emit.view(new, [*lead, val(y).shape[-1]])
-    old_shape = val(y).shape
+    old_shape, new_shape = val(y).shape, val(new).shape
     y.replace_all_uses_with(new)
-    if not _same_shape(old_shape, val(new).shape):
+    if not _same_shape(old_shape, new_shape):
         refresh_values(new)
+        _retire_sizes(y.graph, old_shape, new_shape)
+
+
+def _retire_sizes(graph: fx.Graph, old_shape: Sequence[Any], new_shape: Sequence[Any]) -> None:
+    """Give incoming gradients the output's new sizes.
+
+    On torch 2.11 the tangent of an output whose rows were counted on the host is traced with that
+    count, which nothing in the rewritten graph computes any more.
+    """
+    sizes = {
+        str(expression(a)): b for a, b in zip(old_shape, new_shape, strict=True) if str(a) != str(b)
+    }
+    for node in graph.find_nodes(op="placeholder"):
+        old = val(node)
+        if not isinstance(old, torch.Tensor):
+            continue
+        shape = [sizes.get(str(expression(size)), size) for size in old.shape]
+        if not _same_shape(shape, old.shape) and old.is_contiguous():
+            with old.fake_mode:  # type: ignore[attr-defined]
+                node.meta["val"] = old.new_empty(shape)
+            refresh_values(node)
 
 
 def _same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:

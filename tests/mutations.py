@@ -139,7 +139,7 @@ def _evaluate(node: fx.Node) -> None:
     try:
         with modes[0], _quiet():
             node.meta["val"] = node.target(*args, **kwargs)
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise Inapplicable(str(error)) from error
 
 
