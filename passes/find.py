@@ -382,11 +382,15 @@ def _cuts(
                 slots[node] = per_token
     choices: list[fx.Node | None] = [None, *(n for n in slots if is_float(n))]
     experts = pair.out.num_experts
+    # scores that the ids were chosen from are no routing weights: cutting there hides the router
+    follows = {w: dependents([w], reversed(latest)) for w in choices if w is not None}
     for ids in (n for n in slots if is_integer(n)):
         # weights that follow from the ids were permuted by them: no longer one per slot
         permuted = dependents([ids], reversed(latest))
         for weights in choices:
-            if weights is not None and (slots[weights] != slots[ids] or weights in permuted):
+            if weights is not None and (
+                slots[weights] != slots[ids] or weights in permuted or ids in follows[weights]
+            ):
                 continue
             cut = stops | {ids} | ({weights} if weights is not None else set())
             closed = _close(y, cut, experts)
