@@ -26,7 +26,7 @@ def signature(nodes: Sequence[fx.Node], inputs: Iterable[fx.Node]) -> Hashable:
             return ("node", place.get(argument, -1))
         return str(argument)
 
-    described = []
+    described: list[tuple[Any, ...]] = []
     for node in nodes:
         value = _described(val(node))
         if node in leaves or is_known_size(node) or node.op != "call_function":

@@ -137,7 +137,7 @@ def test_one_rank_receives_no_rows() -> None:
 
 def _no_rows(rank: int, world_size: int) -> None:
     ids_TA = torch.tensor([[0, 1]]).expand(9, 2)
-    step = [ep.tokens(9, seed=peer, ids_TA=ids_TA) for peer in range(world_size)]
+    step = [ep.tokens(9, seed=10 + peer, ids_TA=ids_TA) for peer in range(world_size)]
     outcome = harness.compare_with_oracle(titan.TitanMoE(), [step], rank=rank, train=True)
     harness.assert_rewritten(outcome, 1, train=True)
 
