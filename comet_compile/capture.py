@@ -8,10 +8,11 @@ a hook that is in place when the first frame is traced.
 
 The hook wraps one function, ``torch._dynamo.convert_frame._compile``, which Dynamo calls once for
 every frame it compiles (first compiles, recompiles, functions resumed after a graph break) and
-never for a frame that is already compiled, so it costs nothing at run time. It reads three of
+never for a frame that is already compiled, so it costs nothing at run time. It reads four of
 the arguments by name: the compiler function tells whose frame it is, ``one_graph`` and ``export``
-whether Dynamo captures scalars anyway (it does under ``fullgraph=True``). Frames of other
-backends, and comet's own with the option ``comet.capture_scalars`` off, pass straight through.
+whether Dynamo captures scalars anyway (it does under ``fullgraph=True``), ``locals`` whether an
+input is empty (see :mod:`comet_compile.empty_inputs`). Frames of other backends pass straight
+through, and so do comet's own with the option ``comet.capture_scalars`` off and no empty input.
 
 1. A frame of comet is traced with scalars captured.
 2. If that fails and data-dependent symbols had appeared, everything it counted and recorded is
@@ -48,7 +49,7 @@ import torch._functorch.config
 from torch._dynamo import convert_frame
 from torch._dynamo.utils import counters
 
-from comet_compile import records
+from comet_compile import empty_inputs, records
 from comet_compile.config import CometConfig
 from comet_compile.errors import CometError, OptionError
 
@@ -59,7 +60,7 @@ log = logging.getLogger(__name__)
 BACKEND_MARK = "_comet_backend"
 """Attribute that is True on the function registered as the comet backend."""
 
-_NEEDED_PARAMETERS = frozenset({"compiler_fn", "one_graph", "export"})
+_NEEDED_PARAMETERS = frozenset({"compiler_fn", "one_graph", "export", "locals"})
 _attempt = threading.local()  # .capturing: whether this thread is in a capturing attempt
 
 
@@ -131,25 +132,31 @@ def _capturing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def compile_frame(*args: Any, **kwargs: Any) -> Any:
         frame = signature.bind(*args, **kwargs).arguments
-        if (
-            torch._dynamo.config.capture_scalar_outputs
-            or frame["one_graph"]
-            or frame["export"]
-            or not _wants_scalars(frame["compiler_fn"])
-        ):
+        config = _comet_config(frame["compiler_fn"])
+        if config is None or not config.enabled:
+            return original(*args, **kwargs)
+        captures = config.capture_scalars and not (
+            torch._dynamo.config.capture_scalar_outputs or frame["one_graph"] or frame["export"]
+        )
+        is_empty = empty_inputs.among(frame["locals"])
+        if not captures and not is_empty:
             return original(*args, **kwargs)
 
         before = _Tallies.now()
-        with _capturing_attempt():
+        with contextlib.ExitStack() as attempt:
+            if captures:
+                attempt.enter_context(_capturing_attempt())
+            if is_empty:
+                attempt.enter_context(empty_inputs.kept_symbolic())
             try:
                 return original(*args, **kwargs)
             except Exception as error:
-                if not _has_unbacked_symbols(_shape_env_in(error)):
+                if not is_empty and not _has_unbacked_symbols(_shape_env_in(error)):
                     raise  # capturing changed nothing, so the user would have seen it too
                 if _is_own(error):
                     raise  # what comet means to say must not end as a graph break
                 reason = f"{type(error).__name__}: {_first_line(error)}"
-                log.debug("comet: the attempt that captures scalars failed", exc_info=True)
+                log.debug("comet: the first attempt at a frame failed", exc_info=True)
 
         # Outside of the except block: the error to come is not "during handling of" the first.
         before.restore()
@@ -187,16 +194,15 @@ def _log_retry(code: Any, reason: str) -> None:
 # Whose frame is it?
 
 
-def _wants_scalars(compiler_fn: object) -> bool:
-    """Whether `compiler_fn` is comet's, however wrapped, and capturing is on in its options."""
+def _comet_config(compiler_fn: object) -> CometConfig | None:
+    """Return the options with which `compiler_fn` calls comet, None if it is not comet's."""
     options = _comet_options(compiler_fn)
     if options is None:
-        return False
+        return None
     try:
-        config, _ = CometConfig.from_options(options)
+        return CometConfig.from_options(options)[0]
     except OptionError:
-        return False  # the backend raises it, where the user expects it
-    return config.enabled and config.capture_scalars
+        return None  # the backend raises it, where the user expects it
 
 
 def _comet_options(compiler_fn: object) -> Mapping[str, object] | None:

@@ -103,32 +103,26 @@ def _token_counts(rank: int, world_size: int) -> None:
     harness.assert_rewritten(outcome, 1, train=True)
 
 
-@pytest.mark.parametrize(
-    "few",
-    [
-        pytest.param(
-            0,
-            marks=pytest.mark.xfail(
-                run=False,
-                reason="a graph traced with zero tokens cannot be proven, so its rank refuses the "
-                "layer alone and the others wait for it until the agreement's deadline",
-            ),
-        ),
-        1,
-        2,
-    ],
-)
-def test_one_rank_has_few_tokens(few: int) -> None:
+@pytest.mark.parametrize("few", [0, 1, 2])
+@pytest.mark.parametrize("train", [False, True])
+def test_one_rank_has_few_tokens(few: int, train: bool) -> None:
     # sizes 0 and 1 get graphs of their own on one rank only; were such a graph refused, its rank
     # would wait in a collective that the others never call
-    run_ranks(_few_tokens, 2, few, timeout=TIMEOUT)
+    run_ranks(_few_tokens, 2, [[10, 10], [few, 8]], train, True, timeout=TIMEOUT)
 
 
-def _few_tokens(rank: int, world_size: int, few: int) -> None:
-    steps = [_tokens([10, 10]), _tokens([few, 8])]
+@pytest.mark.parametrize("train", [False, True])
+def test_one_rank_starts_with_no_token(train: bool) -> None:
+    run_ranks(_few_tokens, 2, [[0, 10], [6, 0], [0, 0]], train, None, timeout=TIMEOUT)
+
+
+def _few_tokens(
+    rank: int, world_size: int, counts: list[list[int]], train: bool, dynamic: bool | None
+) -> None:
     layer = titan.TitanMoE()
-    outcome = harness.compare_with_oracle(layer, steps, rank=rank, train=False, dynamic=True)
-    harness.assert_rewritten(outcome, 1, train=False)
+    steps = [_tokens(of_ranks) for of_ranks in counts]
+    outcome = harness.compare_with_oracle(layer, steps, rank=rank, train=train, dynamic=dynamic)
+    harness.assert_rewritten(outcome, 1, train=train)
 
 
 def test_one_rank_receives_no_rows() -> None:
