@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from comet_compile.kernels import portable
+from comet_compile.kernels import paths, portable
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import LayerMath, Needs, weight_gradients
 from comet_compile.kernels.validate import Layer, check_layer
@@ -80,18 +80,18 @@ def moe_layer(
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
     math = check_layer(layer, activation, weight_place, product_dtype, form, group_name, save)
     routed, params = layer.routed, layer.params
-    saved = x.new_empty(0)
-    if form == "local":
-        y, pre = portable.local_forward(routed, params, math, out_dtype)
-    else:
+    group = None
+    if form != "local":
         facts = {"out_dtype": str(out_dtype), "save": save}
         group = _agreed_group("comet::moe_layer", form, group_name, layer, math, facts)
-        if form == "all_to_all" and group.size() > 1:
-            y = portable.all_to_all_forward(routed, params, math, out_dtype, group)
-        else:
-            y, pre = portable.replicated_forward(routed, params, math, out_dtype, group)
-    if save == "pre_activation":
-        saved = portable.pad_saved(pre, ids.numel())
+    if group is not None and form == "all_to_all" and group.size() > 1:
+        y = portable.all_to_all_forward(routed, params, math, out_dtype, group)
+        return y, x.new_empty(0), _token_out(x, form)
+    y, saved = paths.local_forward(
+        routed, params, math, out_dtype, save=save == "pre_activation"
+    )
+    if group is not None and group.size() > 1:
+        dist.all_reduce(y, group=group)
     return y, saved, _token_out(x, form)
 
 

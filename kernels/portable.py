@@ -3,7 +3,7 @@
 Three forms of one layer, ``y[t] = sum_j weights[t, j] * FFN_{ids[t, j]}(x[t])``:
 
 - local: sort the slots by expert, grouped GEMMs on the sorted rows, sum back to tokens;
-- replicated: the local form on this rank's experts, then an all-reduce in the output dtype;
+- replicated: the local form on this rank's experts (the op then reduces over the group);
 - all_to_all: the local form on received tokens, between a dispatch and a combine that are cut in
   chunks: while chunk i is computed, chunk i+1 is on its way in and chunk i-1 on its way out.
 
@@ -125,20 +125,6 @@ def local_backward(
         d_weights = d_weights.index_copy(0, slots.slot_V, d_scale_V.to(d_weights.dtype))
         d_weights = d_weights.view(num_tokens, top_k)
     return d_x, d_weights, grad_rows
-
-
-def replicated_forward(
-    routed: Routed,
-    params: ExpertParams,
-    math: LayerMath,
-    out_dtype: torch.dtype,
-    group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """Return `local_forward` with y summed over the group in `out_dtype`."""
-    y, pre = local_forward(routed, params, math, out_dtype)
-    if group.size() > 1:
-        dist.all_reduce(y, group=group)
-    return y, pre
 
 
 def all_to_all_forward(

@@ -1,0 +1,97 @@
+"""The fused path of the layer ops on one GPU: routing tables, layer0, layer1. No host read.
+
+Legend: T tokens, A experts per token, S = T*A slots, R tile rows, L experts, H model dim, I expert
+intermediate dim, N columns of the in-projection.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from comet_compile.kernels import expert_weights, layer0, layer1
+from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.plan import Plan, choose_plan, read_device
+from comet_compile.kernels.portable import Routed
+from comet_compile.kernels.route_tiles import route_tiles
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def why_not(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None:
+    """Return why the fused path cannot run this layer, None if it can."""
+    x = routed.x
+    if x.device.type != "cuda":
+        return f"the tensors are on {x.device.type}, the kernels run on NVIDIA GPUs"
+    if torch.version.hip is not None:
+        return "the kernels run on NVIDIA GPUs"
+    device = read_device(x.device.index or 0)
+    if device.capability < (8, 0):
+        return f"compute capability {device.capability}, the kernels need 8.0"
+    if x.dtype not in _DTYPES:
+        return f"dtype {x.dtype}, the kernels take bfloat16 and float16"
+    if math.product_dtype not in (*_DTYPES, torch.float32):
+        return f"routing weights multiplied in {math.product_dtype}"
+    hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
+    if hidden % 8 or inter % 8:
+        return f"hidden size {hidden} and intermediate size {inter}, both must be multiples of 8"
+    for weight in (params.w_in, params.w_up, params.w_out):
+        reason = None if weight is None else expert_weights.why_not(weight)
+        if reason is not None:
+            return reason
+    if layer0.view_in_projection(params, math.activation) is None:
+        return "w_in and w_up differ in layout"
+    return None
+
+
+def plan_layer(routed: Routed, params: ExpertParams, math: LayerMath) -> Plan:
+    """Return the plan for this call."""
+    projection = layer0.view_in_projection(params, math.activation)
+    assert projection is not None, "checked by why_not"
+    return choose_plan(
+        routed.ids.numel(),
+        params.num_experts,
+        params.w_in.shape[1],
+        params.w_out.shape[1],
+        gated=math.activation.gated,
+        wide=projection.mode != "halves" or projection.view.k_contiguous,
+        device=read_device(routed.x.device.index or 0),
+    )
+
+
+def local_forward(
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    out_dtype: torch.dtype,
+    *,
+    save: bool,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (y [T, H] in `out_dtype`, pre-activation rows [S, N] or [0]).
+
+    The saved rows are those of `portable.local_forward`; with stray ids, the last are garbage.
+    """
+    plan = plan_layer(routed, params, math) if plan is None else plan
+    x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
+    weights_TA = None if routed.weights is None else routed.weights.contiguous()
+    num_tokens, top_k = routed.ids.shape
+    saved = x_TH.new_empty(0)
+    if save:
+        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
+        saved = x_TH.new_empty(num_tokens * top_k, columns)
+
+    routing = route_tiles(routed.ids, params.num_experts, plan.block_m)
+    h_RI = layer0.gather_gemm_act(
+        x_TH, weights_TA, routing, params, math, plan.layer0, top_k, saved if save else None
+    )
+    rows_RH = layer1.gemm_rows(h_RI, params.w_out, params.b_out, routing, plan.layer1)
+    y_TH = layer1.sum_slots(
+        rows_RH,
+        routing.row_S,
+        weights_TA if math.weight_place == "after" else None,
+        (num_tokens, top_k),
+        math.product_dtype,
+        out_dtype,
+    )
+    return y_TH, saved

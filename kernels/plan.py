@@ -1,0 +1,137 @@
+"""How the fused path runs a layer of a given shape on a given device.
+
+A plan is chosen from facts that the host knows without asking the device: sizes, dtype, layout,
+and the device's properties. The rows of an expert are not among them, so a plan goes by their
+mean, S / L; it is right for any routing, and fastest for an even one.
+
+Legend: T tokens, A experts per token, S = T*A slots, L experts, H model dim, I expert
+intermediate dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmTiles:
+    """The tiling of one grouped GEMM.
+
+    `block_n` counts columns of the result, so a gated in-projection multiplies twice as many.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int
+    num_programs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tilings of both launches. They share `block_m`: the rows are laid out for it."""
+
+    layer0: GemmTiles
+    layer1: GemmTiles
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return self.layer0.block_m
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for reports."""
+        return {"path": "fused", **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a GPU."""
+
+    num_sms: int
+    shared_bytes: int
+    capability: tuple[int, int]
+
+
+@functools.cache
+def read_device(index: int) -> Device:
+    """Return the properties of CUDA device `index`."""
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        num_sms=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,
+        capability=(properties.major, properties.minor),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_plan(
+    num_slots: int,
+    num_experts: int,
+    hidden: int,
+    inter: int,
+    *,
+    gated: bool,
+    wide: bool,
+    device: Device,
+) -> Plan:
+    """Return the plan for a layer on one device.
+
+    `wide` says that gate and up are one dot.
+    """
+    rows = num_slots / max(1, min(num_experts, num_slots))
+    columns = 2 if gated else 1
+    if rows > 96:
+        block_m, warps = 128, 8
+    elif rows > 32:
+        block_m, warps = 64, 4
+    else:
+        # a tile of 16 rows is bound by the weights' bytes, so by how many are in flight
+        block_m, warps = 16, 4
+    layer0 = _tiles(block_m, 256 // columns, warps, hidden, inter, num_slots, num_experts, device)
+    layer1 = _tiles(block_m, 256, warps, inter, hidden, num_slots, num_experts, device)
+    if gated:
+        layer0 = dataclasses.replace(
+            layer0, num_stages=_stages(block_m, 2 * layer0.block_n, layer0, device)
+        )
+    return Plan(layer0, layer1)
+
+
+def _tiles(
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    k: int,
+    n: int,
+    num_slots: int,
+    num_experts: int,
+    device: Device,
+) -> GemmTiles:
+    # Few rows leave few tiles: narrower ones, so that every multiprocessor has some.
+    experts = min(num_experts, max(1, num_slots))
+    row_tiles = experts + num_slots // block_m
+    while block_n > 32 and row_tiles * -(-n // block_n) < 2 * device.num_sms:
+        block_n //= 2
+    tiles = GemmTiles(
+        block_m=block_m,
+        block_n=block_n,
+        block_k=64,
+        num_warps=num_warps,
+        num_stages=1,
+        group_m=8,
+        num_programs=device.num_sms,
+    )
+    return dataclasses.replace(tiles, num_stages=_stages(block_m, block_n, tiles, device))
+
+
+def _stages(block_m: int, columns: int, tiles: GemmTiles, device: Device) -> int:
+    """Return how many steps of the K loop fit into shared memory beside the stored tile."""
+    per_stage = (block_m + columns) * tiles.block_k * 2
+    left = device.shared_bytes - block_m * tiles.block_n * 2 - 2048
+    return max(2, min(4 if block_m >= 64 else 6, left // per_stage))

@@ -1,0 +1,221 @@
+"""Which token row goes to which tile of which expert, worked out on the device.
+
+The expert GEMMs run on tiles of `block_m` rows, each of one expert. `route_tiles` sorts the slots
+of a routing by expert, stable in slot order, and pads every expert's rows to whole tiles. Nothing
+is read on the host, so sizes are bounds: ``max_tiles(S, L, block_m)`` tiles, of which the first
+`num_tiles` are in use. The same ids give the same tables, bit for bit.
+
+Example with block_m = 2, three experts, ids [[0, 2], [2, 2], [0, 9]] (9 is a stray id)::
+
+    slot of row   0  4 | 1  2 | 3 -1        row of slot   0  2  3  4  1 -1
+    expert of tile  0      2      2         num_tiles     3      first_row  0  2  4
+
+Legend: T tokens, A experts per token, S = T*A slots, L experts, M tiles, R = M * block_m rows, NB
+blocks of slots, E_P experts and one bin for strays, rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SLOTS_PER_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TileRouting:
+    """The tables of one routing. Rows and tiles past `num_tiles` hold garbage."""
+
+    slot_R: Tensor  # [R] int32, the slot of each row, -1 for padding
+    row_S: Tensor  # [S] int32, the row of each slot, -1 for a stray id
+    expert_M: Tensor  # [M] int32, the expert of each tile
+    first_row_M: Tensor  # [M] int32, where the tile's rows begin if nothing is padded
+    num_tiles: Tensor  # [1] int32
+    block_m: int
+
+
+def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
+    """Return the most tiles that any routing of `num_slots` slots can need."""
+    # every expert in use may leave a part of a tile empty
+    experts = min(num_experts, num_slots)
+    return (num_slots - experts) // block_m + experts
+
+
+def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
+    """Return the tables for int32 or int64 `ids_TA` [T, A]; ids outside [0, L) get no row."""
+    num_slots = ids_TA.numel()
+    flat_S = ids_TA.reshape(-1)
+    num_tiles = max_tiles(num_slots, num_experts, block_m)
+
+    def table(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=ids_TA.device)
+
+    routing = TileRouting(
+        slot_R=table(num_tiles * block_m),
+        row_S=table(num_slots),
+        expert_M=table(num_tiles),
+        first_row_M=table(num_tiles),
+        num_tiles=table(1),
+        block_m=block_m,
+    )
+    if num_slots == 0:
+        routing.num_tiles.zero_()
+        return routing
+    bins = triton.next_power_of_2(num_experts + 1)
+    block = min(_SLOTS_PER_BLOCK, max(16, triton.next_power_of_2(num_slots)))
+    num_blocks = triton.cdiv(num_slots, block)
+    hist = table(num_blocks * bins)
+    if num_blocks > 1:
+        count_slots_kernel[(num_blocks,)](
+            flat_S, hist, num_slots, L=num_experts, E_P=bins, BLOCK=block, num_warps=4
+        )
+    place_slots_kernel[(num_blocks,)](
+        flat_S,
+        hist,
+        table(num_blocks * 4 * bins),
+        routing.slot_R,
+        routing.row_S,
+        routing.expert_M,
+        routing.first_row_M,
+        routing.num_tiles,
+        num_slots,
+        num_blocks,
+        L=num_experts,
+        E_P=bins,
+        BLOCK=block,
+        BM=block_m,
+        ONE_BLOCK=num_blocks == 1,
+        PIECE=1024,
+        TILES=16,
+        num_warps=8,
+    )
+    return routing
+
+
+@triton.jit
+def _expert_bins(ids_ptr, offs, num_slots, L: tl.constexpr, E_P: tl.constexpr):
+    """Return the bins of slots: the expert, L for stray ids, E_P past the end."""
+    ids = tl.load(ids_ptr + offs, mask=offs < num_slots, other=0)
+    # compared before narrowing: a stray id of 2**32 would come out as expert 0
+    bins = tl.where((ids >= 0) & (ids < L), ids, L).to(tl.int32)
+    return tl.where(offs < num_slots, bins, E_P)
+
+
+@triton.jit
+def count_slots_kernel(
+    ids_ptr,  # [S]
+    hist_ptr,  # [NB, E_P]
+    num_slots,
+    L: tl.constexpr,
+    E_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count the slots of each expert in each block of slots. Grid: one program per block."""
+    block = tl.program_id(0)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    bins = _expert_bins(ids_ptr, offs, num_slots, L, E_P)
+    # past the end counts as stray: that bin is never used
+    hist = tl.histogram(tl.minimum(bins, L), E_P)
+    tl.store(hist_ptr + block * E_P + tl.arange(0, E_P), hist)
+
+
+@triton.jit
+def place_slots_kernel(
+    ids_ptr,  # [S]
+    hist_ptr,  # [NB, E_P]
+    tables_ptr,  # [NB, 4, E_P] scratch
+    slot_R_ptr,
+    row_S_ptr,
+    expert_M_ptr,
+    first_row_M_ptr,
+    num_tiles_ptr,
+    num_slots,
+    num_blocks,
+    L: tl.constexpr,
+    E_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Give every slot its row, and every tile its expert. Grid: one program per block of slots.
+
+    Each program adds up the counts of all blocks for the experts' first rows, and those of the
+    blocks in front of it for its own places; inside the block, a slot's place is the number of
+    earlier slots with the same expert. ONE_BLOCK: there is only this block, `hist` is not read.
+    Padding is written PIECE rows at a time, the tiles' table TILES at a time.
+    """
+    block = tl.program_id(0)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    bins = _expert_bins(ids_ptr, offs, num_slots, L, E_P)
+
+    experts = tl.arange(0, E_P)
+    count = tl.zeros((E_P,), tl.int32)
+    before = tl.zeros((E_P,), tl.int32)
+    if ONE_BLOCK:
+        count += tl.histogram(tl.minimum(bins, L), E_P)
+    else:
+        CHUNK: tl.constexpr = 8192 // E_P if E_P < 2048 else 4
+        for first in range(0, num_blocks, CHUNK):
+            others = first + tl.arange(0, CHUNK)
+            counts = tl.load(
+                hist_ptr + others[:, None] * E_P + experts[None, :],
+                mask=(others < num_blocks)[:, None],
+                other=0,
+            )
+            count += tl.sum(counts, 0)
+            before += tl.sum(tl.where((others < block)[:, None], counts, 0), 0)
+    count = tl.where(experts < L, count, 0)
+    tiles = (count + BM - 1) // BM
+    end_tile = tl.cumsum(tiles, 0)
+    first_tile = end_tile - tiles
+    first_row = tl.cumsum(count, 0) - count
+    num_tiles = tl.sum(tiles, 0)
+
+    # Look-up tables by expert, through memory: registers cannot be indexed. Every program writes
+    # and reads its own, so a barrier of the program is enough.
+    tables = tables_ptr + block * 4 * E_P
+    tl.store(tables + experts, first_tile * BM + before)
+    tl.store(tables + E_P + experts, first_tile)
+    tl.store(tables + 2 * E_P + experts, first_row)
+    tl.store(tables + 3 * E_P + experts, count)
+    tl.debug_barrier()
+
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, BLOCK, 16):
+        earlier = first + tl.arange(0, 16)
+        others = _expert_bins(ids_ptr, block * BLOCK + earlier, num_slots, L, E_P)
+        same = (others[None, :] == bins[:, None]) & (
+            earlier[None, :] < tl.arange(0, BLOCK)[:, None]
+        )
+        rank += tl.sum(same.to(tl.int32), 1)
+    routed = bins < L
+    row = tl.where(routed, tl.load(tables + bins, mask=routed, other=0) + rank, -1)
+    tl.store(row_S_ptr + offs, row, mask=offs < num_slots)
+    tl.store(slot_R_ptr + row, offs, mask=routed)
+
+    # The rest is shared out: the rows of padding, and the tiles.
+    if block == 0:
+        tl.store(num_tiles_ptr, num_tiles)
+    for first in range(block * PIECE, L * BM, num_blocks * PIECE):
+        piece = first + tl.arange(0, PIECE)
+        expert = piece // BM
+        is_expert = expert < L
+        rows = tl.load(tables + 3 * E_P + expert, mask=is_expert, other=0)
+        tile = tl.load(tables + E_P + expert, mask=is_expert, other=0)
+        padding = rows + piece % BM
+        is_padding = is_expert & (padding < (rows + BM - 1) // BM * BM)
+        tl.store(slot_R_ptr + tile * BM + padding, tl.full((PIECE,), -1, tl.int32), mask=is_padding)
+    for first in range(block * TILES, num_tiles, num_blocks * TILES):
+        tile = first + tl.arange(0, TILES)
+        expert = tl.sum((end_tile[None, :] <= tile[:, None]).to(tl.int32), 1)
+        is_tile = tile < num_tiles
+        start = tl.load(tables + 2 * E_P + expert, mask=is_tile, other=0)
+        inside = tile - tl.load(tables + E_P + expert, mask=is_tile, other=0)
+        tl.store(expert_M_ptr + tile, expert, mask=is_tile)
+        tl.store(first_row_M_ptr + tile, start + inside * BM, mask=is_tile)
