@@ -32,7 +32,7 @@ from comet_compile.passes.graph_view import (
     val,
 )
 from comet_compile.passes.instance import Instance, close
-from comet_compile.passes.memo import signature
+from comet_compile.passes.memo import Terms, region_key, roles_of
 from comet_compile.passes.probe import Probe, Untracked, Value, make, restrict
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
@@ -56,8 +56,13 @@ class Gradients:
     flipped: frozenset[fx.Node]
 
 
-# by structure: place of each gradient among the nodes looked at, its name, whether it is flipped
-Matches = dict[Hashable, dict[int, tuple[str, bool]] | str]
+@dataclasses.dataclass
+class Matches:
+    """What was found before: by the expressions looked at, which of them is which gradient, and
+    whether it is flipped."""
+
+    terms: Terms = dataclasses.field(default_factory=Terms)
+    found: dict[Hashable, dict[int, tuple[str, bool]]] = dataclasses.field(default_factory=dict)
 
 
 def find_gradients(
@@ -65,9 +70,9 @@ def find_gradients(
 ) -> Gradients | Rejection | None:
     """The layer's gradients; None if the graph does not differentiate through the layer.
 
-    `matches` keeps what was found for layers of the same structure.
+    `matches` keeps what was found, for the layers to come.
     """
-    matches = {} if matches is None else matches
+    matches = matches or Matches()
     core = _core(layer, backward)
     if not core:
         return None
@@ -136,8 +141,9 @@ def _pure_part(
         if all(s in pure or s in known or _is_constant(s, known) for s in node.all_input_nodes):
             pure.add(node)
     pure = _about(pure, grad_y, known - set(candidate.inputs), order)
-    helpers = {s for n in pure for s in n.all_input_nodes if s not in pure and s not in known}
-    helpers.discard(grad_y)
+    # what the incoming gradient itself is computed from is no part of the layer
+    sources = {s for n in pure - {grad_y} for s in n.all_input_nodes}
+    helpers = sources - pure - known
     return sorted(pure | _with_sources(helpers, known), key=order.__getitem__)
 
 
@@ -186,27 +192,42 @@ def _match(
     layer: Layer, grad_y: fx.Node, pure: Sequence[fx.Node], matches: Matches
 ) -> Gradients | str:
     """Nodes of `pure` by the gradient they hold on every instance, or what is missing."""
-    candidate = layer.candidate
-    seen = [*candidate.nodes, *pure]
-    key = (signature(seen, [*candidate.inputs, grad_y]), seen.index(grad_y), str(layer.activation))
-    if key not in matches:
-        held: dict[fx.Node, tuple[str, bool]] | None = None
-        for instance in layer.instances():
-            held = _held(layer, instance, grad_y, pure, held)
-            if not held:
-                break
-        matches[key] = (
-            {pure.index(node): role for node, role in held.items()}
-            if held
-            else "no gradient follows from what comes in"
-        )
-    found = matches[key]
-    if isinstance(found, str):
-        return found
+    candidate, tables = layer.candidate, layer.roles
+    roles = {**roles_of(candidate), grad_y: "grad_y"}
+    numbers = matches.terms.numbered([*candidate.nodes, *pure], roles)
+    key = (
+        region_key(candidate, numbers),
+        str(layer.activation),
+        layer.weight_place,
+        tuple(roles.get(table) for table in (tables.b_in, tables.b_up, tables.b_out)),
+        frozenset(numbers[node] for node in pure),
+    )
+    if key not in matches.found:
+        held = _evaluated(layer, grad_y, pure)
+        matches.found[key] = {numbers[node]: role for node, role in held.items()}
+    found = matches.found[key]
+    if not found:
+        return "no gradient follows from what comes in"
     nodes: dict[str, tuple[fx.Node, ...]] = {}
-    for place, (name, _) in found.items():
-        nodes[name] = (*nodes.get(name, ()), pure[place])
-    return Gradients(grad_y, nodes, frozenset(pure[i] for i, (_, flip) in found.items() if flip))
+    flipped: set[fx.Node] = set()
+    for node in pure:
+        if numbers[node] in found:
+            name, flip = found[numbers[node]]
+            nodes[name] = (*nodes.get(name, ()), node)
+            flipped |= {node} if flip else set()
+    return Gradients(grad_y, nodes, frozenset(flipped))
+
+
+def _evaluated(
+    layer: Layer, grad_y: fx.Node, pure: Sequence[fx.Node]
+) -> dict[fx.Node, tuple[str, bool]]:
+    """(gradient name, transposed) of each node of `pure` that holds one on every instance."""
+    held: dict[fx.Node, tuple[str, bool]] | None = None
+    for instance in layer.instances():
+        held = _held(layer, instance, grad_y, pure, held)
+        if not held:
+            break
+    return held or {}
 
 
 def _held(

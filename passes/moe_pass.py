@@ -35,8 +35,8 @@ from comet_compile.kernels.portable import plan_for
 from comet_compile.passes import find, pictures
 from comet_compile.passes.backward import Gradients, Matches, find_gradients
 from comet_compile.passes.graph_view import backward_nodes, concrete, numel, source_line, val
-from comet_compile.passes.memo import signature
-from comet_compile.passes.prove import Layer, prove
+from comet_compile.passes.memo import region_key, roles_of
+from comet_compile.passes.prove import Layer, prove, weighting
 from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.rewrite import Rewritten, blocked, finish, replace
@@ -139,7 +139,7 @@ class _Session:
     sink: Sink | None
     rewritten: list[Rewritten] = dataclasses.field(default_factory=list)
     proofs: dict[Hashable, Layer | Rejection] = dataclasses.field(default_factory=dict)
-    matches: Matches = dataclasses.field(default_factory=dict)
+    matches: Matches = dataclasses.field(default_factory=Matches)
 
     @property
     def is_recording(self) -> bool:
@@ -235,13 +235,15 @@ class _Session:
         return refusal
 
     def _prove_forward(self, candidate: find.Candidate) -> Layer | Rejection:
-        """`prove`, once for layers of the same structure."""
+        """`prove`, once for regions that are the same expression of their inputs."""
+        numbers = self.matches.terms.numbered(candidate.nodes, roles_of(candidate))
+        # beside the expression: what lies above the ids, and what is read off the nodes' order
         ids = candidate.ids
         key = (
-            signature(candidate.nodes, candidate.inputs),
+            region_key(candidate, numbers),
             interval(ids),
             are_distinct(ids),
-            tuple(candidate.nodes.index(n) for n in candidate.inputs),
+            weighting(candidate),
         )
         if key not in self.proofs:
             self.proofs[key] = prove(candidate, self.config.max_proof_rows, group_size)
@@ -310,15 +312,17 @@ class _Session:
     ) -> None:
         if not self.is_recording:
             return
+        seconds = time.perf_counter() - started
+        before = before or self._text()
         record = records.GraphRecord(
             graph_id=regions[0].graph_id if regions else next(_graph_ids),
             kind="training" if training else "inference",
             num_nodes_before=num_before,
             num_nodes_after=len(self.graph.nodes),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             regions=tuple(regions),
-            before_text=before or self._text(),
-            after_text=self._text(),
+            before_text=before,
+            after_text=self._text() if self.rewritten else before,
         )
         records.publish(record)
         if regions and self.sink is not None:

@@ -69,10 +69,10 @@ class Layer:
         return val(self.candidate.y).dtype
 
     def transferred(self, candidate: Candidate) -> Layer:
-        """The same proof for a region of the same structure."""
+        """The same proof for a region that is the same expression of its inputs."""
         if candidate is self.candidate:
             return self
-        twin = dict(zip(self.candidate.nodes, candidate.nodes, strict=True))
+        twin = dict(zip(self.candidate.biases, candidate.biases, strict=True))
         tables = (self.roles.b_in, self.roles.b_up, self.roles.b_out)
         roles = Roles(*(None if table is None else twin[table] for table in tables))
         return dataclasses.replace(self, candidate=candidate, roles=roles)
@@ -99,7 +99,7 @@ def prove(
     if refused:
         return refused
     roles = _bias_roles(candidate)
-    place, product_dtype = _weighting(candidate)
+    place, product_dtype = weighting(candidate)
     for activation_scale in _identify(candidate, roles, form, place):
         if isinstance(activation_scale, Rejection):
             return activation_scale
@@ -189,7 +189,7 @@ def samples(candidate: Candidate, form: Form) -> Iterator[Sample]:
 # -- structure that numbers alone cannot tell -------------------------------------------------
 
 
-def _weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
+def weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
     """Where the routing weight meets the rows, and the dtype of that product.
 
     Between and after are the same number in exact arithmetic, so the place is read off the graph:
