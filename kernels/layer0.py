@@ -105,6 +105,7 @@ def gather_gemm_act(
         GROUP_M=tiles.group_m,
         MODE=projection.mode,
         K_CONTIGUOUS=projection.view.k_contiguous,
+        SWAPPED=projection.view.swapped,
         KIND=act.kind,
         GATED=act.gated,
         UP_FIRST=projection.up_first,
@@ -158,6 +159,7 @@ def gather_gemm_act_kernel(
     GROUP_M: tl.constexpr,
     MODE: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
+    SWAPPED: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     UP_FIRST: tl.constexpr,
@@ -172,69 +174,117 @@ def gather_gemm_act_kernel(
     """
     num_m = tl.load(num_tiles_ptr)
     num_n: tl.constexpr = (I + BN - 1) // BN
-    offs_k = tl.arange(0, BK)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        group = tile // (GROUP_M * num_n)
-        rows_in_group = tl.minimum(num_m - group * GROUP_M, GROUP_M)
-        inside = tile % (GROUP_M * num_n)
-        tile_m = group * GROUP_M + inside % rows_in_group
-        start_n = (inside // rows_in_group) * BN
-        expert = tl.load(expert_M_ptr + tile_m)
-        slot = tl.load(slot_R_ptr + tile_m * BM + tl.arange(0, BM))
-        token = tl.maximum(slot, 0) // TOP_K
-        x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_x + offs_k[None, :]
+        tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
+        compute_tile(
+            tile_m, start_n, x_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr, first_row_M_ptr,
+            weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, stride_x, stride_bias, alpha,
+            limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED, KIND, GATED, UP_FIRST,
+            CLAMP, SCALE,
+        )  # fmt: skip
 
-        if MODE == "halves" and not K_CONTIGUOUS:
-            first = tl.zeros((BM, BN), tl.float32)
-            second = tl.zeros((BM, BN), tl.float32)
-            for k in range(0, H, BK):
-                x = _load_rows(x_ptrs, offs_k, k, H, BK)
-                first = tl.dot(x, w_desc.load([0, expert, k, start_n]).reshape(BK, BN), first)
-                second = tl.dot(x, w_desc.load([1, expert, k, start_n]).reshape(BK, BN), second)
-                x_ptrs += BK
-        else:
-            WIDTH: tl.constexpr = BN if MODE == "plain" else 2 * BN
-            start_w = 2 * start_n if MODE == "interleaved" else start_n
-            acc = tl.zeros((BM, WIDTH), tl.float32)
-            for k in range(0, H, BK):
-                x = _load_rows(x_ptrs, offs_k, k, H, BK)
-                if K_CONTIGUOUS:
-                    w = w_desc.load([0, expert, start_w, k]).reshape(WIDTH, BK).T
-                else:
-                    w = w_desc.load([0, expert, k, start_w]).reshape(BK, WIDTH)
-                acc = tl.dot(x, w, acc)
-                x_ptrs += BK
-            if MODE == "halves":
-                first, second = acc.reshape(BM, 2, BN).permute(0, 2, 1).split()
-            elif MODE == "interleaved":
-                first, second = acc.reshape(BM, BN, 2).split()
+
+@triton.jit
+def tile_of(tile, num_m, num_n: tl.constexpr, GROUP_M: tl.constexpr, BN: tl.constexpr):
+    """Return (row tile, first column) of the tile-th tile in the grouped order."""
+    group = tile // (GROUP_M * num_n)
+    rows_in_group = tl.minimum(num_m - group * GROUP_M, GROUP_M)
+    inside = tile % (GROUP_M * num_n)
+    return group * GROUP_M + inside % rows_in_group, (inside // rows_in_group) * BN
+
+
+@triton.jit
+def compute_tile(
+    tile_m,
+    start_n,
+    x_ptr,
+    w_desc,
+    h_desc,
+    slot_R_ptr,
+    expert_M_ptr,
+    first_row_M_ptr,
+    weights_ptr,
+    first_bias_ptr,
+    second_bias_ptr,
+    saved_ptr,
+    stride_x,
+    stride_bias,
+    alpha,
+    limit,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    MODE: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    UP_FIRST: tl.constexpr,
+    CLAMP: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Store h of BM rows and BN columns; the arguments are the kernel's."""
+    offs_k = tl.arange(0, BK)
+    expert = tl.load(expert_M_ptr + tile_m)
+    slot = tl.load(slot_R_ptr + tile_m * BM + tl.arange(0, BM))
+    token = tl.maximum(slot, 0) // TOP_K
+    x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_x + offs_k[None, :]
+
+    if MODE == "halves" and not K_CONTIGUOUS:
+        first = tl.zeros((BM, BN), tl.float32)
+        second = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, H, BK):
+            x = _load_rows(x_ptrs, offs_k, k, H, BK)
+            first = tl.dot(x, w_desc.load([0, expert, k, start_n]).reshape(BK, BN), first)
+            second = tl.dot(x, w_desc.load([1, expert, k, start_n]).reshape(BK, BN), second)
+            x_ptrs += BK
+    else:
+        WIDTH: tl.constexpr = BN if MODE == "plain" else 2 * BN
+        start_w = 2 * start_n if MODE == "interleaved" else start_n
+        acc = tl.zeros((BM, WIDTH), tl.float32)
+        for k in range(0, H, BK):
+            x = _load_rows(x_ptrs, offs_k, k, H, BK)
+            if K_CONTIGUOUS:
+                w = w_desc.load([0, expert, start_w, k]).reshape(WIDTH, BK).T
             else:
-                first, second = acc, acc
+                w = w_desc.load([0, expert, k, start_w]).reshape(BK, WIDTH)
+            acc = tl.dot(x, w, acc)
+            x_ptrs += BK
+        if MODE == "halves":
+            first, second = acc.reshape(BM, 2, BN).permute(0, 2, 1).split()
+        elif MODE == "interleaved":
+            first, second = acc.reshape(BM, BN, 2).split()
+        else:
+            first, second = acc, acc
 
-        offs_n = start_n + tl.arange(0, BN)
-        if SCALE != "":
-            scale = tl.load(weights_ptr + tl.maximum(slot, 0), mask=slot >= 0, other=0.0)
-            scale = scale.to(tl.float32)
-        if SCALE == "before":
-            first *= scale[:, None]
-            second *= scale[:, None]
-        if first_bias_ptr is not None:
-            STEP: tl.constexpr = 2 if MODE == "interleaved" else 1
-            bias = expert.to(tl.int64) * stride_bias + offs_n * STEP
-            first += tl.load(first_bias_ptr + bias, mask=offs_n < I, other=0.0)[None, :].to(
-                tl.float32
-            )
-            if GATED:
-                second += tl.load(second_bias_ptr + bias, mask=offs_n < I, other=0.0)[None, :].to(
-                    tl.float32
-                )
-        if saved_ptr is not None:
-            row = tl.load(first_row_M_ptr + tile_m) + tl.arange(0, BM)
+    offs_n = start_n + tl.arange(0, BN)
+    if SCALE != "":
+        scale = tl.load(weights_ptr + tl.maximum(slot, 0), mask=slot >= 0, other=0.0)
+        scale = scale.to(tl.float32)
+    if SCALE == "before":
+        first *= scale[:, None]
+        second *= scale[:, None]
+    if first_bias_ptr is not None:
+        STEP: tl.constexpr = 2 if MODE == "interleaved" else 1
+        bias = expert.to(tl.int64) * stride_bias + offs_n * STEP
+        is_column = offs_n < I
+        first += tl.load(first_bias_ptr + bias, mask=is_column, other=0.0)[None, :].to(tl.float32)
+        if GATED:
+            bias_ptrs = second_bias_ptr + bias
+            second += tl.load(bias_ptrs, mask=is_column, other=0.0)[None, :].to(tl.float32)
+    if saved_ptr is not None:
+        row = tl.load(first_row_M_ptr + tile_m) + tl.arange(0, BM)
+        if SWAPPED:
+            _save_rows(saved_ptr, second, first, row, slot >= 0, offs_n, I, MODE, GATED)
+        else:
             _save_rows(saved_ptr, first, second, row, slot >= 0, offs_n, I, MODE, GATED)
-        h = activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP)
-        if SCALE == "between":
-            h *= scale[:, None]
-        h_desc.store([tile_m * BM, start_n], h.to(h_desc.dtype))
+    h = activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP)
+    if SCALE == "between":
+        h *= scale[:, None]
+    h_desc.store([tile_m * BM, start_n], h.to(h_desc.dtype))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ Example with block_m = 2, three experts, ids [[0, 2], [2, 2], [0, 9]] (9 is a st
     expert of tile  0      2      2         num_tiles     3      first_row  0  2  4
 
 Legend: T tokens, A experts per token, S = T*A slots, L experts, M tiles, R = M * block_m rows, NB
-blocks of slots, E_P experts and one bin for strays, rounded up to a power of two.
+blocks of slots, P turns, E_P experts and one bin for strays, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class TileRouting:
     first_row_M: Tensor  # [M] int32, where the tile's rows begin if nothing is padded
     num_tiles: Tensor  # [1] int32
     block_m: int
+    order_M: Tensor | None = None  # [M] int32, the tiles in the order of their turns
+    turn_M: Tensor | None = None  # [M] int32, the turn of the i-th tile in that order
 
 
 def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
@@ -49,12 +51,31 @@ def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
     """Return the tables for int32 or int64 `ids_TA` [T, A]; ids outside [0, L) get no row."""
     num_slots = ids_TA.numel()
     flat_S = ids_TA.reshape(-1)
+    routing = empty_routing(num_slots, num_experts, block_m, ids_TA.device)
+    if num_slots == 0:
+        routing.num_tiles.zero_()
+        return routing
+    bins, block = count_bins(num_experts), slots_per_block(num_slots)
+    num_blocks = triton.cdiv(num_slots, block)
+    hist = routing.row_S.new_empty(num_blocks * bins)
+    if num_blocks > 1:
+        count_slots_kernel[(num_blocks,)](
+            flat_S, hist, num_slots, L=num_experts, E_P=bins, BLOCK=block, num_warps=4
+        )
+    place_slots(flat_S, hist, num_experts, block, routing)
+    return routing
+
+
+def empty_routing(
+    num_slots: int, num_experts: int, block_m: int, device: torch.device
+) -> TileRouting:
+    """Return tables to be filled for any routing of that many slots."""
     num_tiles = max_tiles(num_slots, num_experts, block_m)
 
     def table(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=ids_TA.device)
+        return torch.empty(size, dtype=torch.int32, device=device)
 
-    routing = TileRouting(
+    return TileRouting(
         slot_R=table(num_tiles * block_m),
         row_S=table(num_slots),
         expert_M=table(num_tiles),
@@ -62,21 +83,28 @@ def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
         num_tiles=table(1),
         block_m=block_m,
     )
-    if num_slots == 0:
-        routing.num_tiles.zero_()
-        return routing
-    bins = triton.next_power_of_2(num_experts + 1)
-    block = min(_SLOTS_PER_BLOCK, max(16, triton.next_power_of_2(num_slots)))
+
+
+def count_bins(num_experts: int) -> int:
+    """Return E_P."""
+    return triton.next_power_of_2(num_experts + 1)
+
+
+def slots_per_block(num_slots: int) -> int:
+    """Return how many slots a program of the tables' kernels takes."""
+    return min(_SLOTS_PER_BLOCK, max(16, triton.next_power_of_2(num_slots)))
+
+
+def place_slots(
+    ids_S: Tensor, hist: Tensor, num_experts: int, block: int, routing: TileRouting
+) -> None:
+    """Fill `routing` for `ids_S` [S] and the counts `hist` [NB, E_P] of its blocks."""
+    num_slots, bins = ids_S.shape[0], count_bins(num_experts)
     num_blocks = triton.cdiv(num_slots, block)
-    hist = table(num_blocks * bins)
-    if num_blocks > 1:
-        count_slots_kernel[(num_blocks,)](
-            flat_S, hist, num_slots, L=num_experts, E_P=bins, BLOCK=block, num_warps=4
-        )
     place_slots_kernel[(num_blocks,)](
-        flat_S,
+        ids_S,
         hist,
-        table(num_blocks * 4 * bins),
+        hist.new_empty(num_blocks * 4 * bins),
         routing.slot_R,
         routing.row_S,
         routing.expert_M,
@@ -87,13 +115,38 @@ def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
         L=num_experts,
         E_P=bins,
         BLOCK=block,
-        BM=block_m,
+        BM=routing.block_m,
         ONE_BLOCK=num_blocks == 1,
         PIECE=1024,
         TILES=16,
         num_warps=8,
     )
-    return routing
+
+
+def order_by_turn(
+    hist: Tensor, num_experts: int, num_turns: int, routing: TileRouting
+) -> TileRouting:
+    """Return `routing` with its tiles also in the order in which their rows arrive.
+
+    The blocks of `hist` [NB, E_P] belong to turns, NB / `num_turns` to each. A tile's turn is that
+    of its last row; tiles of one turn stay in the order of their experts.
+    """
+    bins = count_bins(num_experts)
+    order_M, turn_M = torch.empty_like(routing.expert_M), torch.empty_like(routing.expert_M)
+    order_tiles_kernel[(num_turns,)](
+        hist,
+        hist.new_empty(num_turns * 2 * bins),
+        order_M,
+        turn_M,
+        hist.shape[0] // bins // num_turns,
+        L=num_experts,
+        E_P=bins,
+        BM=routing.block_m,
+        P=num_turns,
+        TILES=16,
+        num_warps=8,
+    )
+    return dataclasses.replace(routing, order_M=order_M, turn_M=turn_M)
 
 
 @triton.jit
@@ -160,16 +213,8 @@ def place_slots_kernel(
     if ONE_BLOCK:
         count += tl.histogram(tl.minimum(bins, L), E_P)
     else:
-        CHUNK: tl.constexpr = 8192 // E_P if E_P < 2048 else 4
-        for first in range(0, num_blocks, CHUNK):
-            others = first + tl.arange(0, CHUNK)
-            counts = tl.load(
-                hist_ptr + others[:, None] * E_P + experts[None, :],
-                mask=(others < num_blocks)[:, None],
-                other=0,
-            )
-            count += tl.sum(counts, 0)
-            before += tl.sum(tl.where((others < block)[:, None], counts, 0), 0)
+        before += _count_blocks(hist_ptr, 0, block, E_P)
+        count += before + _count_blocks(hist_ptr, block, num_blocks, E_P)
     count = tl.where(experts < L, count, 0)
     tiles = (count + BM - 1) // BM
     end_tile = tl.cumsum(tiles, 0)
@@ -219,3 +264,71 @@ def place_slots_kernel(
         inside = tile - tl.load(tables + E_P + expert, mask=is_tile, other=0)
         tl.store(expert_M_ptr + tile, expert, mask=is_tile)
         tl.store(first_row_M_ptr + tile, start + inside * BM, mask=is_tile)
+
+
+@triton.jit
+def _count_blocks(hist_ptr, first, last, E_P: tl.constexpr):
+    """Return [E_P], the slots of each expert in blocks first .. last - 1."""
+    CHUNK: tl.constexpr = 8192 // E_P if E_P < 2048 else 4
+    experts = tl.arange(0, E_P)
+    count = tl.zeros((E_P,), tl.int32)
+    for start in range(first, last, CHUNK):
+        blocks = start + tl.arange(0, CHUNK)
+        counts = tl.load(
+            hist_ptr + blocks[:, None] * E_P + experts[None, :],
+            mask=(blocks < last)[:, None],
+            other=0,
+        )
+        count += tl.sum(counts, 0)
+    return count
+
+
+@triton.jit
+def order_tiles_kernel(
+    hist_ptr,  # [NB, E_P]
+    tables_ptr,  # [P, 2, E_P] scratch
+    order_M_ptr,
+    turn_M_ptr,
+    blocks_per_turn,
+    L: tl.constexpr,
+    E_P: tl.constexpr,
+    BM: tl.constexpr,
+    P: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """List the tiles of one turn behind those of the turns before. Grid: one program per turn.
+
+    An expert's rows lie in the order of their turns, so the tiles that end in turns before this
+    one are the whole tiles that those rows fill, or all its tiles if it has no more rows.
+    """
+    turn = tl.program_id(0)
+    experts = tl.arange(0, E_P)
+    before = _count_blocks(hist_ptr, 0, turn * blocks_per_turn, E_P)
+    through = before + _count_blocks(
+        hist_ptr, turn * blocks_per_turn, (turn + 1) * blocks_per_turn, E_P
+    )
+    count = through + _count_blocks(
+        hist_ptr, (turn + 1) * blocks_per_turn, P * blocks_per_turn, E_P
+    )
+    is_expert = experts < L
+    tiles = tl.where(is_expert, (count + BM - 1) // BM, 0)
+    ended_before = tl.where(is_expert, tl.where(before == count, tiles, before // BM), 0)
+    ended = tl.where(is_expert, tl.where(through == count, tiles, through // BM), 0)
+    here = ended - ended_before
+    end = tl.cumsum(here, 0)
+    first_tile = tl.cumsum(tiles, 0) - tiles + ended_before
+
+    tables = tables_ptr + turn * 2 * E_P
+    tl.store(tables + experts, end - here)
+    tl.store(tables + E_P + experts, first_tile)
+    tl.debug_barrier()
+    start = tl.sum(ended_before, 0)
+    num_here = tl.sum(here, 0)
+    for first in range(0, num_here, TILES):
+        index = first + tl.arange(0, TILES)
+        expert = tl.sum((end[None, :] <= index[:, None]).to(tl.int32), 1)
+        is_tile = index < num_here
+        inside = index - tl.load(tables + expert, mask=is_tile, other=0)
+        tile = tl.load(tables + E_P + expert, mask=is_tile, other=0) + inside
+        tl.store(order_M_ptr + start + index, tile, mask=is_tile)
+        tl.store(turn_M_ptr + start + index, turn, mask=is_tile)

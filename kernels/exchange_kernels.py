@@ -1,0 +1,391 @@
+"""The kernels between the ranks of an all-to-all layer, over symmetric memory.
+
+    publish_tokens     copy this rank's tokens, ids and weights where peers can read them; tell them
+    receive_routing    wait for the peers; which of their slots belong to experts of this rank
+    pull_tokens        (inside layer0) fetch the tokens behind those slots, each once
+    push_sums          for every token of a peer: the sum over this rank's experts, into the peer
+    sum_own            for every own token: this rank's sum and the peers', in float32
+
+Peers go by *turn*: turn 0 is this rank, turn r is group rank ``(me + r) % P``. Every rank starts
+with another peer, so no link is everyone's first choice. Slots are numbered by turn, then token,
+then choice: ``(turn * C + token) * A + choice``, C the capacity in tokens.
+
+Why one buffer of each kind is enough, although calls follow each other: a rank ends its call with
+`sum_own`, which waits for every peer's sums; a peer sends those after it has fetched all the tokens
+it wanted. So when a rank publishes again, nobody reads its old tokens; and a peer sends its next
+sums only after it has seen this rank publish again, when the old ones have been read.
+
+Legend: T tokens, C capacity in tokens, A experts per token, P ranks, L local experts, H model dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from comet_compile.kernels.sync import (
+    PARTS_OF_PEER,
+    ROUTING_OF_PEER,
+    TOKENS_OF_PEER,
+    count_in,
+    signal,
+    wait,
+)
+
+_PARTS = tl.constexpr(PARTS_OF_PEER)
+_ROUTING = tl.constexpr(ROUTING_OF_PEER)
+_TOKENS = tl.constexpr(TOKENS_OF_PEER)
+
+
+@triton.jit
+def peer_pointer(peers_ptr, rank, offset, DTYPE: tl.constexpr):
+    """Return a pointer to byte `offset` of the symmetric buffer of group rank `rank`.
+
+    `peers_ptr` is the address of the table of the buffers' addresses, an integer.
+    """
+    table = peers_ptr.to(tl.int64).to(tl.pointer_type(tl.int64))
+    address = tl.load(table + rank) + offset
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def publish_tokens_kernel(
+    x_ptr,  # [T, H], rows stride_x apart
+    ids_ptr,  # [T, A]
+    weights_ptr,  # [T, A] or None
+    tokens_ptr,  # [P, C, H] symmetric, turn 0 is written
+    ids_out_ptr,  # [C, A] int32 symmetric
+    weights_out_ptr,  # [C, A] float32 symmetric
+    num_tokens_ptr,  # [1] int32 symmetric
+    peers_ptr,
+    ready_offset,  # of [P] int32 flags, by source rank
+    done_ptr,  # [1] int32, CTAs of this launch that are done
+    epoch_ptr,  # [1] int32, calls that have ended
+    num_tokens,
+    stride_x,
+    me,
+    A: tl.constexpr,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Grid: any number of programs, each taking every num_programs-th block of BT tokens."""
+    pid = tl.program_id(0)
+    for block in tl.range(pid, tl.cdiv(num_tokens, BT), tl.num_programs(0)):
+        token = block * BT + tl.arange(0, BT)
+        is_token = token < num_tokens
+        for start in range(0, H, BH):
+            cols = start + tl.arange(0, BH)
+            mask = is_token[:, None] & (cols < H)[None, :]
+            rows = token[:, None].to(tl.int64)
+            values = tl.load(x_ptr + rows * stride_x + cols[None, :], mask=mask)
+            tl.store(tokens_ptr + rows * H + cols[None, :], values, mask=mask)
+        for choice in range(A):
+            ids = tl.load(ids_ptr + token * A + choice, mask=is_token, other=-1)
+            # compared before narrowing: a stray id of 2**32 would come out as expert 0
+            ids = tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
+            tl.store(ids_out_ptr + token * A + choice, ids, mask=is_token)
+            if weights_ptr is not None:
+                weights = tl.load(weights_ptr + token * A + choice, mask=is_token, other=0.0)
+                tl.store(
+                    weights_out_ptr + token * A + choice, weights.to(tl.float32), mask=is_token
+                )
+    if pid == 0:
+        tl.store(num_tokens_ptr, num_tokens)
+    if count_in(done_ptr, "sys") == tl.num_programs(0) - 1:
+        tl.store(done_ptr, 0)
+        epoch = tl.load(epoch_ptr) + 1
+        for turn in range(1, P):
+            ready = peer_pointer(peers_ptr, (me + turn) % P, ready_offset, tl.int32)
+            signal(ready + me, epoch, "sys")
+
+
+@triton.jit
+def receive_routing_kernel(
+    peers_ptr,
+    ids_offset,
+    weights_offset,
+    num_tokens_offset,
+    ready_ptr,  # [P] int32 symmetric, by source rank
+    ids_S_ptr,  # [P * C * A] int32, local expert or L
+    weights_S_ptr,  # [P * C * A] float32 or None
+    num_tokens_P_ptr,  # [P] int32, by turn
+    hist_ptr,  # [NB, E_P]
+    fetched_ptr,  # [P] int32, set to zero
+    sent_ptr,  # [P] int32, set to zero
+    epoch_ptr,
+    abort_ptr,
+    message_ptr,
+    deadline,
+    me,
+    blocks_per_turn,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    E_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """Grid: (blocks of slots of a turn, P). Also counts the slots of each expert in its block."""
+    turn = tl.program_id(1)
+    source = (me + turn) % P
+    epoch = tl.load(epoch_ptr) + 1
+    if turn > 0:
+        wait(
+            ready_ptr + source,
+            epoch,
+            abort_ptr,
+            message_ptr,
+            deadline,
+            _ROUTING,
+            source,
+            epoch,
+            "sys",
+            CLOCK,
+        )
+    num_tokens = tl.load(peer_pointer(peers_ptr, source, num_tokens_offset, tl.int32))
+    if tl.load(abort_ptr) != 0:
+        num_tokens = 0
+    if tl.program_id(0) == 0:
+        tl.store(num_tokens_P_ptr + turn, num_tokens)
+        tl.store(fetched_ptr + turn, 0)
+        tl.store(sent_ptr + turn, 0)
+
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_slot = offs < num_tokens * A
+    ids = tl.load(
+        peer_pointer(peers_ptr, source, ids_offset, tl.int32) + offs, mask=is_slot, other=-1
+    )
+    local = ids - me * L
+    local = tl.where((ids >= 0) & (local >= 0) & (local < L), local, L)
+    slot = turn * C * A + offs
+    in_turn = offs < C * A
+    tl.store(ids_S_ptr + slot, local, mask=in_turn)
+    if weights_S_ptr is not None:
+        weights = peer_pointer(peers_ptr, source, weights_offset, tl.float32) + offs
+        tl.store(
+            weights_S_ptr + slot, tl.load(weights, mask=is_slot, other=0.0), mask=in_turn
+        )
+    block = turn * blocks_per_turn + tl.program_id(0)
+    tl.store(hist_ptr + block * E_P + tl.arange(0, E_P), tl.histogram(local, E_P))
+
+
+@triton.jit
+def pull_tokens(
+    pid,
+    num_programs,
+    peers_ptr,
+    tokens_ptr,  # [P, C, H] symmetric, turns 1.. are written
+    ids_S_ptr,
+    num_tokens_P_ptr,
+    fetched_ptr,  # [P] int32, blocks fetched of each turn
+    me,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Fetch, turn by turn, the peers' tokens that an expert here wants, in blocks of BT.
+
+    ROWS tokens are in flight at a time. Counts each block in `fetched`, in whatever order the
+    programs finish.
+    """
+    cols = tl.arange(0, BH)
+    for turn in range(1, P):
+        num_tokens = tl.load(num_tokens_P_ptr + turn)
+        source = peer_pointer(peers_ptr, (me + turn) % P, 0, tokens_ptr.dtype.element_ty)
+        landing = tokens_ptr + turn * tl.full((), C * H, tl.int64)
+        for block in tl.range(pid, tl.cdiv(num_tokens, BT), num_programs):
+            for first in range(0, BT, ROWS):
+                token = block * BT + first + tl.arange(0, ROWS)
+                is_token = token < num_tokens
+                wanted = tl.zeros((ROWS,), tl.int32)
+                for choice in tl.static_range(A):
+                    slot = (turn * C + token) * A + choice
+                    local = tl.load(ids_S_ptr + slot, mask=is_token, other=L)
+                    wanted |= (local < L).to(tl.int32)
+                mask = (wanted != 0)[:, None] & (cols < H)[None, :]
+                offs = token[:, None].to(tl.int64) * H + cols[None, :]
+                tl.store(landing + offs, tl.load(source + offs, mask=mask), mask=mask)
+            count_in(fetched_ptr + turn, "gpu")
+
+
+@triton.jit
+def wait_for_turns(
+    first,
+    last,
+    num_tokens_P_ptr,
+    fetched_ptr,
+    epoch_ptr,
+    abort_ptr,
+    message_ptr,
+    deadline,
+    me,
+    P: tl.constexpr,
+    BT: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """Wait until all tokens of turns first .. last - 1 are here."""
+    for turn in range(first, last):
+        wait(
+            fetched_ptr + turn,
+            tl.cdiv(tl.load(num_tokens_P_ptr + turn), BT),
+            abort_ptr,
+            message_ptr,
+            deadline,
+            _TOKENS,
+            (me + turn) % P,
+            tl.load(epoch_ptr) + 1,
+            "gpu",
+            CLOCK,
+        )
+
+
+@triton.jit
+def _sum_of_token(
+    token,  # turn * C + token
+    rows_ptr,
+    row_S_ptr,
+    weights_S_ptr,
+    cols,
+    A: tl.constexpr,
+    H: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Return ([BH] float32, whether any expert here has the token)."""
+    total = tl.zeros((BH,), tl.float32)
+    any_row = tl.full((), -1, tl.int64)
+    for choice in tl.static_range(A):
+        row = tl.load(row_S_ptr + token * A + choice).to(tl.int64)
+        any_row = tl.maximum(any_row, row)
+        end = tl.where(row >= 0, H, 0)
+        values = tl.load(rows_ptr + row * H + cols, mask=cols < end, other=0.0)
+        if weights_S_ptr is not None:
+            # a weight beside a stray id may be anything, NaN included
+            weight = tl.where(row >= 0, tl.load(weights_S_ptr + token * A + choice), 0.0)
+            values = values.to(PRODUCT) * weight.to(PRODUCT)
+        total += values.to(tl.float32)
+    return total, any_row >= 0
+
+
+@triton.jit
+def push_sums_kernel(
+    rows_ptr,  # [R, H]
+    row_S_ptr,  # [P * C * A]
+    weights_S_ptr,  # [P * C * A] or None
+    num_tokens_P_ptr,
+    peers_ptr,
+    sums_offset,  # of [P, C, H], by the receiver's turn
+    arrived_offset,  # of [P] int32 flags, by source rank
+    sent_ptr,  # [P] int32, CTAs that are done with a turn
+    epoch_ptr,
+    me,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """Grid: any number of programs, each taking every num_programs-th token of every peer.
+
+    A token that no expert here wants is not sent: its owner knows which ranks it asked.
+    """
+    epoch = tl.load(epoch_ptr) + 1
+    dtype = rows_ptr.dtype.element_ty
+    for turn in range(1, P):
+        receiver = (me + turn) % P
+        num_tokens = tl.load(num_tokens_P_ptr + turn)
+        # this rank is the receiver's turn P - turn
+        sums = peer_pointer(peers_ptr, receiver, sums_offset, dtype)
+        sums += (P - turn) * tl.full((), C * H, tl.int64)
+        for token in tl.range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+            for start in range(0, H, BH):
+                cols = start + tl.arange(0, BH)
+                total, is_here = _sum_of_token(
+                    turn * C + token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BH
+                )
+                end = tl.where(is_here, H, 0)
+                tl.store(sums + token.to(tl.int64) * H + cols, total.to(dtype), mask=cols < end)
+        if count_in(sent_ptr + turn, "sys") == tl.num_programs(0) - 1:
+            arrived = peer_pointer(peers_ptr, receiver, arrived_offset, tl.int32)
+            signal(arrived + me, epoch, "sys")
+
+
+@triton.jit
+def sum_own_kernel(
+    rows_ptr,
+    row_S_ptr,
+    weights_S_ptr,
+    sums_ptr,  # [P, C, H] symmetric
+    ids_ptr,  # [T, A] int32 symmetric, this rank's own
+    arrived_ptr,  # [P] int32 symmetric, by source rank
+    out_ptr,  # [T, H]
+    done_ptr,  # [1] int32
+    epoch_ptr,
+    abort_ptr,
+    message_ptr,
+    deadline,
+    num_tokens,
+    me,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """Grid: any number of programs, each taking every num_programs-th token. Ends the call.
+
+    The sum of a token runs over turns in order, so it is the same from call to call.
+    """
+    epoch = tl.load(epoch_ptr) + 1
+    for turn in range(1, P):
+        source = (me + turn) % P
+        wait(
+            arrived_ptr + source,
+            epoch,
+            abort_ptr,
+            message_ptr,
+            deadline,
+            _PARTS,
+            source,
+            epoch,
+            "sys",
+            CLOCK,
+        )
+    is_lost = tl.load(abort_ptr) != 0
+    for token in tl.range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        for start in range(0, H, BH):
+            cols = start + tl.arange(0, BH)
+            total, _ = _sum_of_token(
+                token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BH
+            )
+            for turn in range(1, P):
+                first_expert = ((me + turn) % P) * L
+                asked = tl.full((), 0, tl.int32)
+                for choice in tl.static_range(A):
+                    expert = tl.load(ids_ptr + token * A + choice) - first_expert
+                    asked += ((expert >= 0) & (expert < L)).to(tl.int32)
+                end = tl.where(asked > 0, H, 0)
+                part = sums_ptr + (turn * C + token).to(tl.int64) * H + cols
+                total += tl.load(part, mask=cols < end, other=0.0).to(tl.float32)
+            total = tl.where(is_lost, float("nan"), total)
+            tl.store(
+                out_ptr + token.to(tl.int64) * H + cols,
+                total.to(out_ptr.dtype.element_ty),
+                mask=cols < H,
+            )
+    if count_in(done_ptr, "gpu") == tl.num_programs(0) - 1:
+        tl.store(done_ptr, 0)
+        tl.store(epoch_ptr, epoch)

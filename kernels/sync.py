@@ -1,0 +1,85 @@
+"""Flags between the CTAs of a launch and between the ranks of a group, and waits that end.
+
+A flag is an int32 that only grows; who waits names the value it needs. Flags between ranks hold the
+number of the call (its *epoch*), so a replay, a retry or a late peer is never taken for this call.
+
+Memory order. `signal` releases and `wait` acquires, at the scope in which the flag's readers live
+(the GPU, or the system for a peer's memory). Both run on one thread of the CTA: the barrier in
+front of a signal collects the stores of the other threads, and the one that Triton puts behind a
+scalar atomic hands what was acquired to them.
+
+A wait that outlives its deadline sets `abort` and leaves a message for the host; from then on no
+wait of this rank waits, and the call's result is filled with NaN. The message is written to
+memory of the host, which reads it without asking the device (`workspace.Workspace.check`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+ROUTING_OF_PEER, TOKENS_OF_PEER, PARTS_OF_PEER = 1, 2, 3
+PHASES = {
+    ROUTING_OF_PEER: "dispatch: the tokens and routing of the peer",
+    TOKENS_OF_PEER: "layer0: the peer's tokens, fetched by this rank",
+    PARTS_OF_PEER: "combine: the peer's sums for this rank's tokens",
+}
+
+MESSAGE_FIELDS = 4  # phase, peer, epoch, value seen
+
+# Without a clock (in Triton's interpreter) a deadline counts rounds of the loop.
+_ROUNDS = 1000
+
+
+@triton.jit
+def signal(flag_ptr, value, SCOPE: tl.constexpr):
+    """Set a flag that only this CTA sets, once all of the CTA's stores are done."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flag_ptr, value, sem="release", scope=SCOPE)
+
+
+@triton.jit
+def count_in(counter_ptr, SCOPE: tl.constexpr):
+    """Add 1 for this CTA, its stores done, and return what was there before.
+
+    Both a release and an acquire: the last to count in has everything that the others stored.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope=SCOPE)
+
+
+@triton.jit
+def wait(
+    flag_ptr,
+    value,
+    abort_ptr,
+    message_ptr,
+    deadline,
+    phase,
+    peer,
+    epoch,
+    SCOPE: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """Return once the flag has reached `value`, or `deadline` nanoseconds have passed."""
+    seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope=SCOPE)
+    if seen < value:
+        aborted = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="gpu")
+        waited = tl.full((), 0, tl.int64)
+        if CLOCK:
+            start = globaltimer()
+        while (seen < value) & (waited < deadline) & (aborted == 0):
+            seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope=SCOPE)
+            aborted = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="gpu")
+            if CLOCK:
+                waited = globaltimer() - start
+            else:
+                waited += 1
+        if (seen < value) & (aborted == 0):
+            if tl.atomic_xchg(abort_ptr, 1, sem="relaxed", scope="gpu") == 0:
+                tl.store(message_ptr + 1, peer)
+                tl.store(message_ptr + 2, epoch)
+                tl.store(message_ptr + 3, seen)
+                tl.debug_barrier()
+                tl.atomic_xchg(message_ptr, phase, sem="release", scope="sys")
