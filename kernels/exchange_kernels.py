@@ -115,6 +115,7 @@ def receive_routing_kernel(
     hist_ptr,  # [NB, E_P]
     fetched_ptr,  # [P] int32, set to zero
     sent_ptr,  # [P] int32, set to zero
+    ticket_ptr,  # [1] int32, set to zero
     epoch_ptr,
     abort_ptr,
     message_ptr,
@@ -147,9 +148,9 @@ def receive_routing_kernel(
             CLOCK,
         )
     num_tokens = tl.load(peer_pointer(peers_ptr, source, num_tokens_offset, tl.int32))
-    if tl.load(abort_ptr) != 0:
-        num_tokens = 0
+    num_tokens = tl.where(tl.load(abort_ptr) != 0, 0, num_tokens)
     if tl.program_id(0) == 0:
+        tl.store(ticket_ptr, 0)
         tl.store(num_tokens_P_ptr + turn, num_tokens)
         tl.store(fetched_ptr + turn, 0)
         tl.store(sent_ptr + turn, 0)
@@ -178,6 +179,7 @@ def pull_tokens(
     pid,
     num_programs,
     peers_ptr,
+    tokens_offset,
     tokens_ptr,  # [P, C, H] symmetric, turns 1.. are written
     ids_S_ptr,
     num_tokens_P_ptr,
@@ -200,7 +202,9 @@ def pull_tokens(
     cols = tl.arange(0, BH)
     for turn in range(1, P):
         num_tokens = tl.load(num_tokens_P_ptr + turn)
-        source = peer_pointer(peers_ptr, (me + turn) % P, 0, tokens_ptr.dtype.element_ty)
+        source = peer_pointer(
+            peers_ptr, (me + turn) % P, tokens_offset, tokens_ptr.dtype.element_ty
+        )
         landing = tokens_ptr + turn * tl.full((), C * H, tl.int64)
         for block in tl.range(pid, tl.cdiv(num_tokens, BT), num_programs):
             for first in range(0, BT, ROWS):
@@ -301,12 +305,13 @@ def push_sums_kernel(
     """
     epoch = tl.load(epoch_ptr) + 1
     dtype = rows_ptr.dtype.element_ty
+    row = tl.full((), H, tl.int64)  # so that offsets are 64 bits wide
     for turn in range(1, P):
         receiver = (me + turn) % P
         num_tokens = tl.load(num_tokens_P_ptr + turn)
         # this rank is the receiver's turn P - turn
         sums = peer_pointer(peers_ptr, receiver, sums_offset, dtype)
-        sums += (P - turn) * tl.full((), C * H, tl.int64)
+        sums += (P - turn) * C * row
         for token in tl.range(tl.program_id(0), num_tokens, tl.num_programs(0)):
             for start in range(0, H, BH):
                 cols = start + tl.arange(0, BH)
@@ -314,7 +319,7 @@ def push_sums_kernel(
                     turn * C + token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BH
                 )
                 end = tl.where(is_here, H, 0)
-                tl.store(sums + token.to(tl.int64) * H + cols, total.to(dtype), mask=cols < end)
+                tl.store(sums + token * row + cols, total.to(dtype), mask=cols < end)
         if count_in(sent_ptr + turn, "sys") == tl.num_programs(0) - 1:
             arrived = peer_pointer(peers_ptr, receiver, arrived_offset, tl.int32)
             signal(arrived + me, epoch, "sys")
@@ -365,6 +370,7 @@ def sum_own_kernel(
             CLOCK,
         )
     is_lost = tl.load(abort_ptr) != 0
+    row = tl.full((), H, tl.int64)  # so that offsets are 64 bits wide
     for token in tl.range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         for start in range(0, H, BH):
             cols = start + tl.arange(0, BH)
@@ -378,11 +384,11 @@ def sum_own_kernel(
                     expert = tl.load(ids_ptr + token * A + choice) - first_expert
                     asked += ((expert >= 0) & (expert < L)).to(tl.int32)
                 end = tl.where(asked > 0, H, 0)
-                part = sums_ptr + (turn * C + token).to(tl.int64) * H + cols
+                part = sums_ptr + (turn * C + token) * row + cols
                 total += tl.load(part, mask=cols < end, other=0.0).to(tl.float32)
             total = tl.where(is_lost, float("nan"), total)
             tl.store(
-                out_ptr + token.to(tl.int64) * H + cols,
+                out_ptr + token * row + cols,
                 total.to(out_ptr.dtype.element_ty),
                 mask=cols < H,
             )

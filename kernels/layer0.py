@@ -79,7 +79,7 @@ def gather_gemm_act(
     block_n = tiles.block_n
     columns = 2 * block_n if projection.mode == "interleaved" else block_n
     scaled = weights_TA is not None and math.weight_place != "after"
-    first_bias, second_bias = _bias_pointers(params, projection)
+    first_bias, second_bias = bias_pointers(params, projection)
     gather_gemm_act_kernel[(tiles.num_programs,)](
         x_TH,
         projection.view.descriptor(columns, tiles.block_k),
@@ -117,7 +117,7 @@ def gather_gemm_act(
     return h_RI
 
 
-def _bias_pointers(
+def bias_pointers(
     params: ExpertParams, projection: InProjection
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return where the biases of the first and of the second of the pair begin."""

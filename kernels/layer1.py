@@ -22,7 +22,7 @@ from comet_compile.kernels.expert_weights import view_weight
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
 
-_TRITON_DTYPES = {
+TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
@@ -87,7 +87,7 @@ def sum_slots(
         TOP_K=top_k,
         H=hidden,
         BH=block,
-        PRODUCT=_TRITON_DTYPES[product_dtype],
+        PRODUCT=TRITON_DTYPES[product_dtype],
         num_warps=max(1, block // 256),
     )
     return out_TH

@@ -1,0 +1,340 @@
+"""The fused path of the all-to-all form: dispatch, both GEMMs and combine over symmetric memory.
+
+    publish -> receive routing -> tables -> layer0 (fetch + GEMM + activation) -> layer1 GEMM
+            -> push sums to their owners -> sum own
+
+No host read, no collective: ranks meet in the kernels' waits only, so a CUDA graph can hold a call.
+
+Legend: T tokens, C capacity in tokens, A experts per token, P ranks, L local experts, R tile rows,
+H model dim, I expert intermediate dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from comet_compile.kernels import layer0, layer1
+from comet_compile.kernels.agreement import AGREEMENTS
+from comet_compile.kernels.exchange_kernels import (
+    publish_tokens_kernel,
+    push_sums_kernel,
+    receive_routing_kernel,
+    sum_own_kernel,
+)
+from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.layer0_exchange import dispatch_gemm_act_kernel
+from comet_compile.kernels.plan import Plan, choose_plan, read_device
+from comet_compile.kernels.portable import Routed
+from comet_compile.kernels.route_tiles import (
+    count_bins,
+    empty_routing,
+    order_by_turn,
+    place_slots,
+    slots_per_block,
+)
+from comet_compile.kernels.workspace import Layout, Workspace, workspace_for
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangePlan:
+    """A plan for both GEMMs, and how the tokens travel."""
+
+    gemms: Plan
+    capacity: int  # C
+    num_fetchers: int  # CTAs of layer0 that fetch tokens
+    block_tokens: int = 64  # tokens of one arrival count
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for reports."""
+        facts = dataclasses.asdict(self)
+        return {**self.gemms.as_dict(), **{k: v for k, v in facts.items() if k != "gemms"}}
+
+
+def plan_exchange(
+    params: ExpertParams, math: LayerMath, top_k: int, capacity: int, num_ranks: int, index: int
+) -> ExchangePlan:
+    """Return the plan for calls of at most `capacity` tokens per rank, the same on all ranks."""
+    projection = layer0.view_in_projection(params, math.activation)
+    assert projection is not None, "checked by fused.why_not"
+    device = read_device(index)
+    gemms = choose_plan(
+        capacity * top_k,
+        params.num_experts,
+        params.w_in.shape[1],
+        params.w_out.shape[1],
+        gated=math.activation.gated,
+        wide=projection.mode != "halves" or projection.view.k_contiguous,
+        device=device,
+    )
+    # What is fetched of a peer takes as long as what is computed of a turn: more fetchers where a
+    # token brings less work.
+    inter = params.w_out.shape[1]
+    work = top_k * inter / num_ranks
+    num_fetchers = 4 if work > 8192 else 8 if work > 2048 else 16
+    return ExchangePlan(gemms, capacity, min(num_fetchers, device.num_sms // 2))
+
+
+def all_to_all_forward(
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    out_dtype: torch.dtype,
+    plan: ExchangePlan,
+    workspace: Workspace,
+    deadline: float,
+) -> Tensor:
+    """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``."""
+    workspace.check()
+    call = _Call(routed, params, math, out_dtype, plan, workspace, deadline)
+    call.publish()
+    call.receive()
+    h_RI = call.compute_hidden()
+    rows_RH = layer1.gemm_rows(h_RI, params.w_out, params.b_out, call.routing, plan.gemms.layer1)
+    call.push(rows_RH)
+    return call.sum_own(rows_RH)
+
+
+class _Call:
+    """The stages of one call. Each is a launch or two; a test runs them rank by rank."""
+
+    def __init__(
+        self,
+        routed: Routed,
+        params: ExpertParams,
+        math: LayerMath,
+        out_dtype: torch.dtype,
+        plan: ExchangePlan,
+        workspace: Workspace,
+        deadline: float,
+        clock: bool = True,
+    ) -> None:
+        self.x = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
+        self.ids = routed.ids.contiguous()
+        self.weights = None if routed.weights is None else routed.weights.contiguous()
+        self.params, self.math, self.plan, self.workspace = params, math, plan, workspace
+        self.out_dtype, self.clock = out_dtype, clock
+        self.deadline = int(deadline * 1e9) if clock else 1000
+        self.num_tokens, self.top_k = routed.ids.shape
+        self.hidden, self.num_ranks = params.w_in.shape[1], workspace.num_ranks
+        self.num_sms = plan.gemms.layer0.num_programs
+        self.capacity = plan.capacity
+        if self.num_tokens > self.capacity:
+            raise ValueError(
+                f"this rank has {self.num_tokens} tokens, its workspace holds {self.capacity}"
+            )
+        self.layout = Layout.of(
+            self.capacity, self.top_k, self.hidden, self.num_ranks, self.x.element_size()
+        )
+        ws, layout, rows = workspace, self.layout, (self.num_ranks, self.capacity, self.hidden)
+        self.tokens = ws.view(layout.tokens, rows, self.x.dtype)
+        self.sums = ws.view(layout.sums, rows, self.x.dtype)
+        table = (self.capacity, self.top_k)
+        self.own_ids = ws.view(layout.ids, table, torch.int32)
+        self.own_weights = ws.view(layout.weights, table, torch.float32)
+        self.waits = (ws.abort, ws.message, self.deadline)
+
+    def publish(self) -> None:
+        """Copy tokens and routing to where the peers read them."""
+        ws = self.workspace
+        block_h = min(1024, triton.next_power_of_2(self.hidden))
+        block_t = max(1, 8192 // block_h)
+        grid = max(1, min(2 * self.num_sms, triton.cdiv(self.num_tokens, block_t)))
+        publish_tokens_kernel[(grid,)](
+            self.x,
+            self.ids,
+            self.weights,
+            self.tokens,
+            self.own_ids,
+            self.own_weights,
+            ws.view(ws.NUM_TOKENS, (1,), torch.int32),
+            ws.peers,
+            ws.READY,
+            ws.published,
+            ws.epoch,
+            self.num_tokens,
+            self.x.stride(0),
+            ws.rank,
+            A=self.top_k,
+            E=self.params.num_experts * self.num_ranks,
+            H=self.hidden,
+            P=self.num_ranks,
+            BT=block_t,
+            BH=block_h,
+            num_warps=8,
+        )
+
+    def receive(self) -> None:
+        """Wait for the peers' routing and make the tables of this rank's experts."""
+        ws, num_experts = self.workspace, self.params.num_experts
+        num_slots = self.capacity * self.top_k
+        # blocks must not straddle turns
+        block = min(slots_per_block(num_slots), num_slots & -num_slots)
+        blocks_per_turn = triton.cdiv(num_slots, block)
+        num_all = self.num_ranks * num_slots
+        bins = count_bins(num_experts)
+        self.ids_S = self.own_ids.new_empty(num_all)
+        self.weights_S = None if self.weights is None else self.own_weights.new_empty(num_all)
+        self.num_tokens_P = self.own_ids.new_empty(self.num_ranks)
+        hist = self.own_ids.new_empty(self.num_ranks * blocks_per_turn * bins)
+        receive_routing_kernel[(blocks_per_turn, self.num_ranks)](
+            ws.peers,
+            self.layout.ids,
+            self.layout.weights,
+            ws.NUM_TOKENS,
+            ws.flags(ws.READY),
+            self.ids_S,
+            self.weights_S,
+            self.num_tokens_P,
+            hist,
+            ws.fetched,
+            ws.sent,
+            ws.ticket,
+            ws.epoch,
+            *self.waits,
+            ws.rank,
+            blocks_per_turn,
+            A=self.top_k,
+            C=self.capacity,
+            L=num_experts,
+            P=self.num_ranks,
+            E_P=bins,
+            BLOCK=block,
+            CLOCK=self.clock,
+            num_warps=4,
+        )
+        routing = empty_routing(num_all, num_experts, self.plan.gemms.block_m, self.x.device)
+        place_slots(self.ids_S, hist, num_experts, block, routing)
+        self.routing = order_by_turn(hist, num_experts, self.num_ranks, routing)
+
+    def compute_hidden(self) -> Tensor:
+        """Return h [R, I]: fetch the peers' tokens, multiply, activate."""
+        ws, tiles, params, act = (
+            self.workspace,
+            self.plan.gemms.layer0,
+            self.params,
+            self.math.activation,
+        )
+        projection = layer0.view_in_projection(params, act)
+        assert projection is not None, "checked by fused.why_not"
+        inter = params.w_out.shape[1]
+        routing = self.routing
+        assert routing.order_M is not None and routing.turn_M is not None
+        h_RI = self.x.new_empty(routing.slot_R.shape[0], inter)
+        columns = 2 * tiles.block_n if projection.mode == "interleaved" else tiles.block_n
+        scaled = self.weights_S is not None and self.math.weight_place != "after"
+        first_bias, second_bias = layer0.bias_pointers(params, projection)
+        block_h = triton.next_power_of_2(self.hidden)
+        dispatch_gemm_act_kernel[(tiles.num_programs,)](
+            self.tokens,
+            projection.view.descriptor(columns, tiles.block_k),
+            TensorDescriptor.from_tensor(h_RI, [tiles.block_m, tiles.block_n]),
+            routing.slot_R,
+            routing.expert_M,
+            routing.first_row_M,
+            routing.num_tiles,
+            self.weights_S if scaled else None,
+            first_bias,
+            second_bias,
+            0 if params.b_in is None else params.b_in.stride(0),
+            0.0 if act.alpha is None else act.alpha,
+            0.0 if act.limit is None else act.limit,
+            routing.order_M,
+            routing.turn_M,
+            ws.ticket,
+            ws.peers,
+            self.layout.tokens,
+            self.ids_S,
+            self.num_tokens_P,
+            ws.fetched,
+            ws.epoch,
+            *self.waits,
+            ws.rank,
+            self.plan.num_fetchers,
+            TOP_K=self.top_k,
+            H=self.hidden,
+            I=inter,
+            BM=tiles.block_m,
+            BN=tiles.block_n,
+            BK=tiles.block_k,
+            GROUP_M=tiles.group_m,
+            MODE=projection.mode,
+            K_CONTIGUOUS=projection.view.k_contiguous,
+            SWAPPED=projection.view.swapped,
+            KIND=act.kind,
+            GATED=act.gated,
+            UP_FIRST=projection.up_first,
+            CLAMP=act.limit is not None,
+            SCALE=self.math.weight_place if scaled else "",
+            C=self.capacity,
+            L=params.num_experts,
+            P=self.num_ranks,
+            BT=self.plan.block_tokens,
+            BH=block_h,
+            ROWS=max(1, 16384 // block_h),
+            CLOCK=self.clock,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+        return h_RI
+
+    def push(self, rows_RH: Tensor) -> None:
+        """Send every peer the sums of its tokens over this rank's experts."""
+        ws = self.workspace
+        push_sums_kernel[(4 * self.num_sms,)](
+            rows_RH,
+            self.routing.row_S,
+            self._after(),
+            self.num_tokens_P,
+            ws.peers,
+            self.layout.sums,
+            ws.ARRIVED,
+            ws.sent,
+            ws.epoch,
+            ws.rank,
+            **self._sizes(),
+        )
+
+    def sum_own(self, rows_RH: Tensor) -> Tensor:
+        """Return y [T, H]."""
+        ws = self.workspace
+        out_TH = self.x.new_empty(self.num_tokens, self.hidden, dtype=self.out_dtype)
+        sum_own_kernel[(4 * self.num_sms,)](
+            rows_RH,
+            self.routing.row_S,
+            self._after(),
+            self.sums,
+            self.own_ids,
+            ws.flags(ws.ARRIVED),
+            out_TH,
+            ws.summed,
+            ws.epoch,
+            *self.waits,
+            self.num_tokens,
+            ws.rank,
+            L=self.params.num_experts,
+            CLOCK=self.clock,
+            **self._sizes(),
+        )
+        return out_TH
+
+    def _after(self) -> Tensor | None:
+        return self.weights_S if self.math.weight_place == "after" else None
+
+    def _sizes(self) -> dict[str, Any]:
+        block = min(2048, triton.next_power_of_2(self.hidden))
+        return {
+            "A": self.top_k,
+            "C": self.capacity,
+            "H": self.hidden,
+            "P": self.num_ranks,
+            "BH": block,
+            "PRODUCT": layer1.TRITON_DTYPES[self.math.product_dtype],
+            "num_warps": max(1, block // 256),
+        }

@@ -1,0 +1,125 @@
+"""Symmetric memory of a process group: one workspace, shared by all layers that run on it.
+
+A layer's buffers lie one behind the other in one allocation; their offsets follow from sizes that
+all ranks share, so a rank finds its peer's buffer at its own offset. A workspace grows when a layer
+first needs more, on all ranks at once, and never shrinks; an outgrown one is kept, since a CUDA
+graph may still use it.
+
+Legend: C capacity in tokens, A experts per token, P ranks, H model dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comet_compile.errors import PeerTimeoutError
+from comet_compile.kernels.sync import MESSAGE_FIELDS, PHASES
+
+_ALIGNMENT = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Byte offsets of a layer's symmetric buffers, the same on every rank."""
+
+    tokens: int  # [P, C, H], turn 0 is the rank's own
+    sums: int  # [P, C, H], by turn
+    ids: int  # [C, A] int32
+    weights: int  # [C, A] float32
+    num_bytes: int
+
+    @classmethod
+    def of(cls, capacity: int, top_k: int, hidden: int, num_ranks: int, itemsize: int) -> Layout:
+        """Return the offsets for a layer."""
+        rows = num_ranks * capacity * hidden * itemsize
+        table = capacity * top_k * 4
+        offsets, end = [], _FLAGS_BYTES
+        for size in (rows, rows, table, table):
+            offsets.append(end)
+            end = _aligned(end + size)
+        return cls(*offsets, num_bytes=end)
+
+
+# In front of the layer's buffers: flags, which must outlive every layout.
+_MAX_RANKS = 64
+_READY, _ARRIVED, _NUM_TOKENS = 0, 4 * _MAX_RANKS, 8 * _MAX_RANKS
+_FLAGS_BYTES = 8 * _MAX_RANKS + _ALIGNMENT
+
+
+class Workspace:
+    """A symmetric allocation of one group, with the flags and counters of its calls."""
+
+    READY, ARRIVED, NUM_TOKENS = _READY, _ARRIVED, _NUM_TOKENS
+
+    def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        # NVLink multicast is neither used nor asked for.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        import torch.distributed._symmetric_memory as symm_mem
+
+        self.num_bytes = num_bytes
+        self.group_name = group.group_name
+        self.rank, self.num_ranks = group.rank(), group.size()
+        self.buffer = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
+        # Peers count their calls from 0 and read the flags: they are zero before anyone can see
+        # them, since the rendezvous waits for all ranks.
+        self.buffer[:_FLAGS_BYTES].zero_()
+        torch.cuda.synchronize(device)
+        self.handle = symm_mem.rendezvous(self.buffer, group.group_name)
+        self.peers = self.handle.buffer_ptrs_dev
+        counters = torch.zeros(6 + 2 * self.num_ranks, dtype=torch.int32, device=device)
+        self.epoch, self.abort, self.published, self.summed, self.ticket = counters[:5].split(1)
+        self.fetched, self.sent = counters[6:].split(self.num_ranks)
+        # The kernels write it, the host reads it without asking the device.
+        self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32, pin_memory=True)
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a buffer of this rank."""
+        size = dtype.itemsize
+        for extent in shape:
+            size *= extent
+        return self.buffer[offset : offset + size].view(dtype).view(shape)
+
+    def flags(self, offset: int) -> Tensor:
+        """Return [P] int32 flags of this rank."""
+        return self.view(offset, (self.num_ranks,), torch.int32)
+
+    def check(self) -> None:
+        """Raise if a kernel of an earlier call has given up waiting."""
+        phase = int(self.message[0])
+        if phase == 0:
+            return
+        _, peer, epoch, seen = self.message.tolist()
+        raise PeerTimeoutError(
+            f"rank {self.rank} of process group {self.group_name!r} gave up waiting for group rank "
+            f"{peer} in call {epoch} of its fused layers, phase {PHASES[phase]} (flag at {seen}); "
+            "the result of that call is NaN, and this group's fused layers cannot go on. Look for "
+            "an earlier error on that rank, or a rank that skips a layer; COMET_AGREEMENT_TIMEOUT "
+            "sets the seconds of the wait."
+        )
+
+
+# What is kept belongs to the process groups, which are process-wide themselves.
+_workspaces: weakref.WeakKeyDictionary[dist.ProcessGroup, list[Workspace]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def workspace_for(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> Workspace:
+    """Return the group's workspace, grown to `num_bytes` if need be.
+
+    Growing is collective: all ranks ask for the same sizes in the same order.
+    """
+    kept = _workspaces.setdefault(group, [])
+    if not kept or kept[-1].num_bytes < num_bytes:
+        kept.append(Workspace(num_bytes, group, device))
+    return kept[-1]
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
