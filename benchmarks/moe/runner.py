@@ -1,0 +1,276 @@
+"""The command line: choose cases, run them (in one process or one per rank), print and store."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+import torch.distributed as dist
+from moe_bench import measure, tables
+from moe_bench.shapes import DISTRIBUTED, SUITES, Case, select
+from moe_bench.timing import Clock
+from moe_bench.workload import BASELINES, OPTIONAL, Workload
+from rich.console import Console
+
+import comet_compile
+
+SCHEMA = 1
+GROUP_TIMEOUT = datetime.timedelta(minutes=5)
+
+
+def run(argv: list[str], description: str) -> int:
+    """Parse the command line `argv` (with the program's name) and do what it says."""
+    args = parse(argv[1:], description)
+    cases = select(args.suite, args.only, tiny=args.tiny)
+    if args.list:
+        print("\n".join(f"{case.name} ({', '.join(case.modes)})" for case in cases))
+        return 0
+    if not cases:
+        print(f"no case of {args.suite} matches {args.only}; --list names them", file=sys.stderr)
+        return 2
+    distributed = {case.suite in DISTRIBUTED for case in cases}
+    if len(distributed) > 1:
+        print(f"run {' and '.join(DISTRIBUTED)} apart from the other suites", file=sys.stderr)
+        return 2
+    if distributed == {True} and "RANK" not in os.environ:
+        return launch(argv, num_ranks(args))
+    return work(args, cases, argv, distributed == {True})
+
+
+def parse(argv: list[str], description: str) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = [name for name in BASELINES if name not in OPTIONAL]
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=SUITES, default=["local"])
+    add("--only", nargs="+", default=[], metavar="PART", help="cases whose name has this part")
+    modes = ("forward", "train")
+    add("--modes", nargs="+", choices=modes, default=["forward"], help="train: with backward")
+    add("--baselines", nargs="+", choices=BASELINES, default=default, metavar="NAME")
+    add("--repeats", type=int, default=21, help="timed runs of each row (default 21)")
+    add("--time-limit", type=float, help="start no case after this many seconds")
+    add("--out", type=Path, help="write all rows here as JSON; written anew after every case")
+    add("--commit", help="the commit measured, where there is no git to ask")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--tiny", action="store_true", help="tiny sizes, to try the script")
+    add("--ranks", type=int, help="processes of ep suites (default: one per GPU; 2 on cpu)")
+    add("--no-graphs", action="store_true", help="time no CUDA graphs")
+    add("--list", action="store_true", help="print the names of the cases and stop")
+    return parser.parse_args(argv)
+
+
+def num_ranks(args: argparse.Namespace) -> int:
+    """Return how many processes an ep suite gets."""
+    if args.ranks:
+        return int(args.ranks)
+    return torch.cuda.device_count() if args.device == "cuda" else 2
+
+
+def launch(argv: list[str], world_size: int) -> int:
+    """Run this command once per rank, as torchrun would, and return the worst exit code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *argv],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]
+    # a rank that dies would leave its peers in a collective until its timeout
+    codes: list[int | None] = [None] * world_size
+    try:
+        while None in codes and not any(codes):
+            time.sleep(0.2)
+            codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return max(abs(process.returncode) for process in processes)
+
+
+def work(args: argparse.Namespace, cases: list[Case], argv: list[str], distributed: bool) -> int:
+    """Run the cases in this process (one rank of several if `distributed`)."""
+    start = time.monotonic()
+    device, group = set_up(args, distributed)
+    rank = dist.get_rank(group) if distributed else 0
+    document = provenance(args, device, argv, group)
+    rows: list[dict[str, Any]] = document["rows"]
+    clock = Clock(device, group)
+    for number, case in enumerate(cases):
+        if out_of_time(args.time_limit, start, clock):
+            document["not_run"] = [skipped.name for skipped in cases[number:]]
+            break
+        began = time.monotonic()
+        rows += run_case(args, case, device, clock)
+        if rank == 0:
+            seconds = time.monotonic() - began
+            print(f"{case.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            document["seconds"] = round(time.monotonic() - start, 1)
+            store(document, args.out)
+    if rank == 0:
+        store(document, args.out)
+        width = 150 if not sys.stdout.isatty() else None
+        tables.show(document, Console(width=width))
+    if distributed:
+        dist.destroy_process_group()
+    return 0
+
+
+def run_case(
+    args: argparse.Namespace, case: Case, device: torch.device, clock: Clock
+) -> list[dict[str, Any]]:
+    """Return the rows of one case, all its modes; what cannot be built is a row that failed."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for workload in build(case, device, clock.group):
+            if workload.mode in args.modes:
+                torch._dynamo.reset()
+                graphs = not args.no_graphs
+                found = measure.measure(
+                    workload, args.baselines, clock, args.repeats, graphs=graphs
+                )
+                rows += found
+    except Exception as error:  # the other cases still run
+        if clock.group is not None:
+            raise
+        traceback.print_exc()
+        rows.append(measure.failed_row(case, error))
+    measure.add_backward(rows)
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def build(case: Case, device: torch.device, group: Any) -> list[Workload]:
+    """Return the workloads of a case, one per mode."""
+    # each suite imports what it needs: "local" runs without transformers
+    builder: Callable[..., list[Workload]]
+    if case.suite == "local":
+        from moe_bench.local import workloads as builder
+    elif case.suite == "block":
+        from moe_bench.hf import block_workloads as builder
+    elif case.suite == "model":
+        from moe_bench.hf import model_workloads as builder
+    elif case.suite == "ep":
+        from moe_bench.ep import workloads
+
+        return workloads(case, device, group)
+    else:
+        from moe_bench.hf import expert_parallel_workloads
+
+        return expert_parallel_workloads(case, device, group)
+    return builder(case, device)
+
+
+def set_up(args: argparse.Namespace, distributed: bool) -> tuple[torch.device, Any]:
+    """Return this process's device and, for several ranks, the group of all."""
+    rank = int(os.environ.get("LOCAL_RANK", "0")) if distributed else 0
+    device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
+    if args.tiny and device.type == "cpu":
+        # nobody waits for a C++ compiler to try a script: Inductor's code then calls ATen
+        torch._inductor.config.fallback_by_default = True
+        torch._inductor.config.compile_threads = 1
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("no GPU found; --device cpu --tiny tries the script without one")
+        torch.cuda.set_device(device)
+    if not distributed:
+        return device, None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    bound = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **bound)
+    return device, dist.group.WORLD
+
+
+def out_of_time(limit: float | None, start: float, clock: Clock) -> bool:
+    """Whether no further case may start; all ranks answer alike."""
+    if limit is None:
+        return False
+    return clock.slowest([time.monotonic() - start])[0] > limit
+
+
+def provenance(
+    args: argparse.Namespace, device: torch.device, argv: list[str], group: Any
+) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the numbers, and room for the rows."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", *argv]),
+        "commit": args.commit or git_commit(),
+        "suites": args.suite,
+        "tiny": args.tiny,
+        "device": {
+            "type": device.type,
+            "name": name,
+            "ranks": 1 if group is None else dist.get_world_size(group),
+            "visible": torch.cuda.device_count() if cuda else 0,
+        },
+        "versions": versions(cuda),
+        "repeats": args.repeats,
+        "baselines": {name: BASELINES[name] for name in args.baselines},
+        "seconds": 0.0,
+        "not_run": [],
+        "rows": [],
+    }
+
+
+def versions(cuda: bool) -> dict[str, str]:
+    """Return the versions of what took part."""
+    found = {
+        "comet_compile": comet_compile.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in ("triton", "transformers"):
+        try:
+            found[name] = str(__import__(name).__version__)
+        except ImportError:
+            found[name] = "absent"
+    if cuda:
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def git_commit() -> str:
+    """Return the commit of this checkout, with "-dirty" for local changes, or "unknown"."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def store(document: dict[str, Any], path: Path | None) -> None:
+    """Write the document, if it has a place."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
