@@ -53,7 +53,7 @@ def why_not(weight_LKN: Tensor) -> str | None:
     num_experts, k, n = weight_LKN.shape
     expert, row, column = weight_LKN.stride()
     size = weight_LKN.element_size()
-    if weight_LKN.data_ptr() % 16 and not _is_fake(weight_LKN):
+    if not _is_fake(weight_LKN) and weight_LKN.data_ptr() % 16:
         return "the weights do not begin at a multiple of 16 bytes"
     if not ((row == 1 and k > 1) or column == 1):
         return f"neither dim of the weights is contiguous (strides {weight_LKN.stride()})"
@@ -99,7 +99,10 @@ def view_pair(first_LKI: Tensor, second_LKI: Tensor) -> WeightView | None:
     one, two = view_weight(first_LKI), view_weight(second_LKI)
     if one.strides[1:] != two.strides[1:] or one.k_contiguous != two.k_contiguous:
         return None
-    distance = second_LKI.data_ptr() - first_LKI.data_ptr()
+    if _is_fake(first_LKI):  # without addresses: as if one lay behind the other
+        distance = first_LKI.numel() * first_LKI.element_size()
+    else:
+        distance = second_LKI.data_ptr() - first_LKI.data_ptr()
     if distance % 16 or not 0 < abs(distance) < _MAX_STRIDE_BYTES:
         return None
     base = first_LKI if distance > 0 else second_LKI

@@ -6,6 +6,8 @@ intermediate dim, N columns of the in-projection.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,14 @@ def why_not(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None
     return None
 
 
-def plan_layer(routed: Routed, params: ExpertParams, math: LayerMath) -> Plan:
-    """Return the plan for this call."""
+def plan_layer(
+    routed: Routed, params: ExpertParams, math: LayerMath, num_slots: int | None = None
+) -> Plan:
+    """Return the plan for this call, `num_slots` in place of a size that is a symbol."""
     projection = layer0.view_in_projection(params, math.activation)
     assert projection is not None, "checked by why_not"
     return choose_plan(
-        routed.ids.numel(),
+        routed.ids.numel() if num_slots is None else num_slots,
         params.num_experts,
         params.w_in.shape[1],
         params.w_out.shape[1],
@@ -75,6 +79,7 @@ def local_forward(
     plan = plan_layer(routed, params, math) if plan is None else plan
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
     weights_TA = None if routed.weights is None else routed.weights.contiguous()
+    params = _with_dense_biases(params)
     num_tokens, top_k = routed.ids.shape
     saved = x_TH.new_empty(0)
     if save:
@@ -95,3 +100,14 @@ def local_forward(
         out_dtype,
     )
     return y_TH, saved
+
+
+def _with_dense_biases(params: ExpertParams) -> ExpertParams:
+    """Return `params` with contiguous biases: the kernels know one stride for all, that of L."""
+    biases = {name: getattr(params, name) for name in ("b_in", "b_up", "b_out")}
+    strided = {
+        name: bias.contiguous()
+        for name, bias in biases.items()
+        if bias is not None and not bias.is_contiguous()
+    }
+    return dataclasses.replace(params, **strided) if strided else params
