@@ -16,6 +16,10 @@ Meaning: ``y[t] = sum_j weights[t, j] * FFN_{ids[t, j]}(x[t])``, weights None = 
 the rows in front of the activation for the backward, in an order private to the two ops. `token`
 orders the distributed ops of a graph: it is a data dependence in, a fresh int32 tensor out.
 
+Each op has a twin with the suffix ``_syncing``, of the same meaning, for a path that reads counts on
+the host: the twin alone carries the tag that keeps Inductor from capturing it in a CUDA graph. The
+graph shows which path was planned; `paths.plan_for` says why.
+
 Outputs are fresh, and no size depends on data. Legend: T tokens, A experts per token, S = T*A
 slots, L local experts, P ranks, H model dim, I expert intermediate dim, N columns of w_in (2I for
 a fused gate and up, else I).
@@ -38,9 +42,8 @@ from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import LayerMath, Needs, weight_gradients
 from comet_compile.kernels.validate import Layer, check_layer
 
-# The portable all-to-all path reads counts on the host: Inductor must not capture it in a CUDA
-# graph. Without the tag it would, since the graph itself holds no host read any more.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
+# Without the tag Inductor would capture the op, since the graph itself holds no host read any more.
+_TAGS = {"": (), "_syncing": (torch.Tag.cudagraph_unsafe,)}
 
 _LAYER_TENSORS = (
     "Tensor x, Tensor ids, Tensor? weights, Tensor w_in, Tensor? w_up, Tensor w_out, "
@@ -48,15 +51,19 @@ _LAYER_TENSORS = (
 )
 
 
-@torch.library.custom_op(
-    "comet::moe_layer",
-    mutates_args=(),
-    tags=_TAGS,
-    schema=f"({_LAYER_TENSORS}, Tensor? token, *, str activation, str weight_place, "
+_LAYER_SCHEMA = (
+    f"({_LAYER_TENSORS}, Tensor? token, *, str activation, str weight_place, "
     "ScalarType product_dtype, ScalarType out_dtype, str form, str group_name, str save) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)"
 )
-def moe_layer(
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad_y, {_LAYER_TENSORS}, Tensor saved, Tensor? token, *, str activation, "
+    "str weight_place, ScalarType product_dtype, str form, str group_name, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _moe_layer(
     x: Tensor,  # [T, H]
     ids: Tensor,  # [T, A]
     weights: Tensor | None,  # [T, A]
@@ -95,8 +102,7 @@ def moe_layer(
     return y, saved, _token_out(x, form)
 
 
-@moe_layer.register_fake
-def _(
+def _moe_layer_fake(
     x: Tensor,
     ids: Tensor,
     weights: Tensor | None,
@@ -126,15 +132,7 @@ def _(
     return y, saved, _token_out(x, form)
 
 
-@torch.library.custom_op(
-    "comet::moe_layer_backward",
-    mutates_args=(),
-    tags=_TAGS,
-    schema=f"(Tensor grad_y, {_LAYER_TENSORS}, Tensor saved, Tensor? token, *, str activation, "
-    "str weight_place, ScalarType product_dtype, str form, str group_name, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def moe_layer_backward(
+def _moe_layer_backward(
     grad_y: Tensor,  # [T, H]
     x: Tensor,
     ids: Tensor,
@@ -179,8 +177,7 @@ def moe_layer_backward(
     return *(x.new_empty(0) if grad is None else grad for grad in grads), _token_out(x, form)
 
 
-@moe_layer_backward.register_fake
-def _(
+def _moe_layer_backward_fake(
     grad_y: Tensor,
     x: Tensor,
     ids: Tensor,
@@ -240,9 +237,6 @@ def _autograd_backward(
     return d_x, None, *rest, None
 
 
-moe_layer.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "comet::moe_layer has no second derivative, and its backward was differentiated "
@@ -251,10 +245,6 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-moe_layer_backward.register_autograd(_refuse_double_backward)
-
-
-@register_flop_formula(torch.ops.comet.moe_layer)
 def _moe_layer_flops(
     x: Any, ids: Any, weights: Any, w_in: Any, w_up: Any, w_out: Any, *args: Any, **kwargs: Any
 ) -> int:
@@ -263,7 +253,6 @@ def _moe_layer_flops(
     return 2 * num_slots * hidden * (_in_columns(w_in, w_up) + w_out[1])
 
 
-@register_flop_formula(torch.ops.comet.moe_layer_backward)
 def _moe_layer_backward_flops(
     grad_y: Any,
     x: Any,
@@ -337,3 +326,29 @@ def _describe(name: str, tensor: Tensor | None) -> str | None:
     if name in ("x", "ids", "weights"):
         sizes[0] = "T"
     return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"
+
+
+def _define(suffix: str) -> None:
+    tags = _TAGS[suffix]
+    layer = torch.library.custom_op(
+        f"comet::moe_layer{suffix}", _moe_layer, mutates_args=(), schema=_LAYER_SCHEMA, tags=tags
+    )
+    layer.register_fake(_moe_layer_fake)
+    layer.register_autograd(_autograd_backward, setup_context=_setup_context)
+    backward = torch.library.custom_op(
+        f"comet::moe_layer_backward{suffix}",
+        _moe_layer_backward,
+        mutates_args=(),
+        schema=_BACKWARD_SCHEMA,
+        tags=tags,
+    )
+    backward.register_fake(_moe_layer_backward_fake)
+    backward.register_autograd(_refuse_double_backward)
+    overload = getattr(torch.ops.comet, f"moe_layer{suffix}")
+    register_flop_formula(overload)(_moe_layer_flops)
+    overload = getattr(torch.ops.comet, f"moe_layer_backward{suffix}")
+    register_flop_formula(overload)(_moe_layer_backward_flops)
+
+
+for _suffix in _TAGS:
+    _define(_suffix)

@@ -7,15 +7,48 @@ loads no Triton; asking for a CUDA tensor does.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from comet_compile.kernels import portable
 from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.grouped import is_grouped_dtype
 from comet_compile.kernels.portable import Routed
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The path of one layer, and whether running it reads the device on the host."""
+
+    is_fused: bool
+    reads_host: bool
+    backward_reads_host: bool
+    plan: dict[str, Any]
+    """The plan as plain data, for reports; a portable one says `why_portable`."""
+
+
+def choose_path(
+    form: str, routed: Routed, params: ExpertParams, math: LayerMath, *, rows: int
+) -> Choice:
+    """Return how a layer of these tensors, fake ones included, will run.
+
+    `rows` is the most token rows that any rank receives.
+    """
+    dtype, on_gpu = routed.x.dtype, routed.x.device.type == "cuda"
+    plan = portable.plan_for(form, rows=rows, hidden=params.w_in.shape[1], dtype=dtype)
+    loops = on_gpu and (form == "all_to_all" or not is_grouped_dtype(dtype))
+    reason = why_portable(routed, params, math)
+    if reason is None and form == "all_to_all":
+        reason = "the fused exchange between ranks is not chosen by itself yet"
+    if reason is not None:
+        return Choice(False, loops, loops, {**plan, "why_portable": reason})
+    gemms = _fused().plan_layer(routed, params, math, num_slots=rows)
+    return Choice(True, False, loops, {**gemms.as_dict(), "form": form})
 
 
 def why_portable(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None:

@@ -31,14 +31,17 @@ from comet_compile._version import __version__
 from comet_compile.config import CometConfig
 from comet_compile.errors import CometError
 from comet_compile.kernels import ops as _ops  # noqa: F401, registers torch.ops.comet.*
-from comet_compile.kernels.portable import plan_for
-from comet_compile.passes import find, pictures
+from comet_compile.kernels import paths
+from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.portable import Routed
+from comet_compile.passes import expert_gemms, find, pictures
 from comet_compile.passes.backward import Gradients, Matches, find_gradients
 from comet_compile.passes.graph_view import backward_nodes, concrete, numel, source_line, val
 from comet_compile.passes.memo import region_key, roles_of
 from comet_compile.passes.prove import Layer, prove, weighting
 from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason
+from comet_compile.passes.region import Candidate, ExpertPair
 from comet_compile.passes.rewrite import Rewritten, blocked, finish, replace
 from comet_compile.passes.samples import size_choices
 
@@ -149,7 +152,7 @@ class _Session:
     def run(self) -> None:
         started = time.perf_counter()
         backward = backward_nodes(self.graph)
-        pairs, refused = find.find_pairs(self.graph, backward)
+        pairs, refused = expert_gemms.find_pairs(self.graph, backward)
         if not pairs and not refused:
             log.debug("comet: no MoE region in a graph of %d nodes", len(self.graph.nodes))
             self._publish(started, len(self.graph.nodes), [], "", bool(backward))
@@ -168,7 +171,7 @@ class _Session:
 
     # -- one region ---------------------------------------------------------------------------
 
-    def _region(self, pair: find.ExpertPair) -> records.RegionRecord:
+    def _region(self, pair: ExpertPair) -> records.RegionRecord:
         try:
             outcome = self._prove(pair, backward_nodes(self.graph))
         except Exception as error:
@@ -183,17 +186,19 @@ class _Session:
         where = source_line(pair.out.node) or source_line(layer.candidate.y)
         estimate = _estimate(layer)
         rewritten = replace(layer, gradients, self._save(layer), self.graph)
+        path = _choose_path(layer, rewritten, estimate["rows"])
+        rewritten.mark_syncing(path.reads_host, path.backward_reads_host)
         self.rewritten.append(rewritten)
         after = pictures.around_op(rewritten.forward) if self.is_recording else None
         return records.RegionRecord(
             name=rewritten.forward.name,
             graph_id=self.graph_id,
-            status="portable",
+            status="fused" if path.is_fused else "portable",
             family=layer.form.name,
             reason=None,
             detail=_describe(layer),
             where=where,
-            plan=self._plan(layer, rewritten, estimate),
+            plan={**path.plan, "save": rewritten.forward.kwargs["save"]},
             estimate=estimate,
             backward="none" if gradients is None else "portable",
             before=before,
@@ -201,7 +206,7 @@ class _Session:
         )
 
     def _prove(
-        self, pair: find.ExpertPair, backward: set[fx.Node]
+        self, pair: ExpertPair, backward: set[fx.Node]
     ) -> tuple[Layer, Gradients | None] | Rejection:
         refusal: Rejection | None = None
         failed_backward = 0
@@ -234,7 +239,7 @@ class _Session:
         assert refusal is not None
         return refusal
 
-    def _prove_forward(self, candidate: find.Candidate) -> Layer | Rejection:
+    def _prove_forward(self, candidate: Candidate) -> Layer | Rejection:
         """`prove`, once for regions that are the same expression of their inputs."""
         numbers = self.matches.terms.numbered(candidate.nodes, roles_of(candidate))
         # beside the expression: what lies above the ids, and what is read off the nodes' order
@@ -255,13 +260,6 @@ class _Session:
             # rows received from other ranks have no fixed number, so they are not kept
             return "nothing" if layer.form.shards_tokens else self.config.save
         return "nothing" if layer.form.shards_tokens else "pre_activation"
-
-    def _plan(self, layer: Layer, rewritten: Rewritten, estimate: dict[str, Any]) -> dict[str, Any]:
-        x = val(layer.candidate.x)
-        plan = plan_for(
-            layer.form.name, rows=estimate["rows"], hidden=int(x.shape[-1]), dtype=x.dtype
-        )
-        return {**plan, "save": rewritten.forward.kwargs["save"]}
 
     # -- records ------------------------------------------------------------------------------
 
@@ -374,6 +372,15 @@ def _describe(layer: Layer) -> str:
     return (
         f"{total} experts, top-{layer.candidate.top_k}, hidden {pair.ins[0].in_features}, "
         f"intermediate {pair.out.in_features}, {layer.activation}, weights {layer.weight_place}"
+    )
+
+
+def _choose_path(layer: Layer, rewritten: Rewritten, rows: int) -> paths.Choice:
+    """How the new op will run, from the fake tensors that it is given."""
+    tensors = [None if n is None else val(n) for n in rewritten.forward.args[:9]]
+    math = LayerMath(layer.activation, layer.weight_place, layer.product_dtype)
+    return paths.choose_path(
+        layer.form.name, Routed(*tensors[:3]), ExpertParams(*tensors[3:]), math, rows=rows
     )
 
 

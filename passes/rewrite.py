@@ -24,7 +24,6 @@ import torch
 from torch import fx
 
 from comet_compile.passes.backward import GRADIENT_NAMES, Gradients
-from comet_compile.passes.find import ExpertGemm
 from comet_compile.passes.graph_view import (
     ancestors,
     descendants,
@@ -37,6 +36,7 @@ from comet_compile.passes.graph_view import (
 )
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
+from comet_compile.passes.region import ExpertGemm
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -66,6 +66,13 @@ class Rewritten:
     forward: fx.Node
     backward: fx.Node | None
     region: frozenset[fx.Node]
+
+    def mark_syncing(self, forward: bool, backward: bool) -> None:
+        """Take the twins of the ops that Inductor must not capture in a CUDA graph."""
+        if forward:
+            self.forward.target = torch.ops.comet.moe_layer_syncing.default
+        if backward and self.backward is not None:
+            self.backward.target = torch.ops.comet.moe_layer_backward_syncing.default
 
 
 def blocked(layer: Layer, gradients: Gradients | None, backward: set[fx.Node]) -> Rejection | None:
