@@ -1,17 +1,20 @@
-"""Suites "block" and "model": Hugging Face's MoE block, and a small language model around it."""
+"""Suites "block", "model" and "ep-hf": Hugging Face's MoE block, and language models around it."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
 from moe_bench import layers
 from moe_bench.errors import ErrorSums, layer_errors
 from moe_bench.local import why_portable
 from moe_bench.shapes import Case
 from moe_bench.workload import Workload
-from torch import Tensor, nn
 
 VOCABULARY = 1024
 
@@ -145,9 +148,53 @@ class Loss(nn.Module):
 def model_workloads(case: Case, device: torch.device) -> list[Workload]:
     """Return the workloads of a whole model; a training step is forward, loss and backward."""
     model = causal_lm(case, device)
-    wide = copy.deepcopy(model).float()
-    wide.set_experts_implementation("eager")
+    wide = widened(copy.deepcopy(model))
     return [model_workload(case, mode, model, wide, device) for mode in case.modes]
+
+
+def expert_parallel_workloads(
+    case: Case, device: torch.device, group: dist.ProcessGroup
+) -> list[Workload]:
+    """Return the workloads of a model whose experts are split by transformers.
+
+    The form of transformers 5.17: every rank has all tokens, masks the ids of others' experts
+    and the partial outputs are summed by an all-reduce.
+    """
+    model = causal_lm(case, device)
+    split = split_experts(model, device, group)
+    wide = widened(model)
+    return [model_workload(case, mode, split, wide, device) for mode in case.modes]
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """Turn `model` into its float32 reference: one product per expert."""
+    model.float().set_experts_implementation("eager")
+    return model
+
+
+def split_experts(model: nn.Module, device: torch.device, group: dist.ProcessGroup) -> nn.Module:
+    """Return `model` with its experts split over the ranks, by way of a saved copy."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    size = dist.get_world_size(group)
+    if hasattr(DistributedConfig, "ep_implementation"):  # newer than 5.17
+        distributed = DistributedConfig(tp_size=size, ep_size=size, ep_implementation="all_reduce")
+    else:
+        distributed = DistributedConfig(tp_size=size, enable_expert_parallel=True)
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared, src=0, group=group)
+        model.save_pretrained(shared[0])  # writes on rank 0 only
+        dist.barrier(group)
+        split = transformers.AutoModelForCausalLM.from_pretrained(
+            shared[0],
+            dtype=layers.DTYPE,
+            experts_implementation="grouped_mm",
+            distributed_config=distributed,
+        )
+        dist.barrier(group)
+    return split.to(device).train(model.training)
 
 
 def model_workload(
@@ -168,15 +215,25 @@ def model_workload(
         if train:
             ref.backward()
             for ours, theirs in zip(model.parameters(), wide.parameters(), strict=True):
-                sums.add("gradients", ours.grad, theirs.grad)
+                sums.add("gradients", *_same_part(ours.grad, theirs.grad))
                 theirs.grad = None
         return sums.relative()
 
     return Workload(
         case=case,
         mode=mode,
+        host_splits=case.suite == "ep-hf",  # NCCL inside: captured only if comet fused all
         layer=Loss(model, train),
         inputs=(ids,),
         leaves=list(model.parameters()),
         errors=errors,
     )
+
+
+def _same_part(ours: Any, theirs: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return a gradient and its reference, which is cut to this rank's experts if need be."""
+    if hasattr(ours, "full_tensor"):
+        ours = ours.full_tensor()
+    if ours is not None and ours.shape != theirs.shape:
+        theirs = theirs.chunk(dist.get_world_size())[dist.get_rank()]
+    return ours, theirs

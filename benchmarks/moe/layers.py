@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from moe_bench.shapes import Shape
 from torch import Tensor, nn
+
+from moe_bench.shapes import Shape
 
 DTYPE = torch.bfloat16
 

@@ -7,16 +7,16 @@ The layer starts from router logits, so softmax and top-k are inside the timed r
 from __future__ import annotations
 
 import torch
-from moe_bench import layers
-from moe_bench.errors import layer_errors
-from moe_bench.shapes import Case
-from moe_bench.workload import Workload
 from torch import Tensor
 
 from comet_compile.kernels import ops, paths  # ops registers the operators
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.portable import Routed
+from moe_bench import layers
+from moe_bench.errors import layer_errors
+from moe_bench.shapes import Case
+from moe_bench.workload import Workload
 
 __all__ = ["ops", "workloads"]
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from moe_bench.shapes import Case
 from moe_bench.timing import Clock, Times, capture, interleave, peak_memory
 from moe_bench.workload import Candidate, Workload, make_candidate, recorded
 
 MAX_MESSAGE = 500
+_PEAKS = ("peak_mib", "peak_extra_mib")
 
 
 def measure(
@@ -128,9 +130,8 @@ def _first_run(
         failure = _message(error)
         if candidate is not None:
             candidate.before()
-    failure = _anywhere(failure, clock)
-    row["failed"] = failure
-    return None if failure else candidate
+    _merge_ranks(row, failure, clock)
+    return None if row["failed"] else candidate
 
 
 def _time_graphs(
@@ -147,11 +148,16 @@ def _time_graphs(
         if reason is not None:
             rows[name]["graph_failed"] = reason
             continue
+        failure = None
         try:
-            replays[name] = capture(candidate.before, candidate.run)
+            graph = capture(candidate.before, candidate.run)
         except Exception as error:  # what cannot be captured says so in its row
-            rows[name]["graph_failed"] = _message(error)
-            clock.synchronize()
+            failure = _message(error)
+        failures = [text for text in _gather(failure, clock) if text]
+        if failures:
+            rows[name]["graph_failed"] = failures[0]
+        else:
+            replays[name] = graph
     calls = {name: (lambda: None, graph.replay) for name, graph in replays.items()}
     for name, times in interleave(clock, calls, repeats).items():
         rows[name]["graph_ms"] = dataclasses.asdict(times)
@@ -164,18 +170,34 @@ def _teraflops(workload: Workload, times: Times) -> float | None:
     return workload.flops / times.median / 1e9
 
 
-def _anywhere(failure: str | None, clock: Clock) -> str | None:
-    """Return this rank's failure or another's, so that all ranks go on with the same rows."""
+def _merge_ranks(row: dict[str, Any], failure: str | None, clock: Clock) -> None:
+    """Put the worst of all ranks into the row: any failure, the largest errors and peaks."""
+    own = {"failed": failure, **{name: row[name] for name in ("errors", "regions", *_PEAKS)}}
+    every = _gather(own, clock)
+    failures = [f"rank {rank}: {one['failed']}" for rank, one in enumerate(every) if one["failed"]]
+    row["failed"] = (failures[0] if clock.group is not None else failure) if failures else None
+    for one in every:
+        for name, value in one["errors"].items():
+            row["errors"][name] = max(value, row["errors"].get(name, 0.0))
+        for name in _PEAKS:
+            if one[name] is not None:
+                row[name] = max(one[name], row[name] or 0.0)
+        if [r["status"] for r in one["regions"]] != [r["status"] for r in row["regions"]]:
+            row["failed"] = row["failed"] or "the ranks disagree on how regions ended"
+
+
+def _gather(value: Any, clock: Clock) -> list[Any]:
+    """Return what every rank has."""
     if clock.group is None:
-        return failure
-    failures: list[str | None] = [None] * dist.get_world_size(clock.group)
-    dist.all_gather_object(failures, failure, group=clock.group)
-    named = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
-    return named[0] if named else None
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size(clock.group)
+    dist.all_gather_object(every, value, group=clock.group)
+    return every
 
 
 def _message(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)}"[:MAX_MESSAGE]
 
 

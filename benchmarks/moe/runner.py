@@ -21,16 +21,16 @@ from typing import Any
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from rich.console import Console
+
+import comet_compile
 from moe_bench import measure, tables
 from moe_bench.shapes import DISTRIBUTED, SUITES, Case, select
 from moe_bench.timing import Clock
 from moe_bench.workload import BASELINES, OPTIONAL, Workload
-from rich.console import Console
-
-import comet_compile
 
 SCHEMA = 1
-GROUP_TIMEOUT = datetime.timedelta(minutes=5)
+GROUP_TIMEOUT = datetime.timedelta(minutes=2)
 
 
 def run(argv: list[str], description: str) -> int:

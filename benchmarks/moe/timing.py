@@ -111,7 +111,8 @@ def capture(before: Callable[[], None], call: Callable[[], Any]) -> torch.cuda.C
     graph = torch.cuda.CUDAGraph()
     current = torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph):
+        # other threads (NCCL's watchdog) may ask the driver something meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             call()
     finally:
         # a capture that fails leaves its own stream current

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from moe_bench.shapes import Case
 from torch import Tensor
 
 from comet_compile import records
+from moe_bench.shapes import Case
 
 BASELINES = {
     "eager": "the layer as written",
