@@ -1,4 +1,5 @@
-"""A sparse instance of one candidate region, and what `comet::moe_layer` would compute on it.
+"""A sparse instance of one candidate region, what the region computes on it, and what
+`comet::moe_layer` would.
 
 The instance gives every input of the region a value on every simulated rank: tokens and matrices
 are zero outside a few feature columns (see `probe.py`), routing weights are dense and of both
@@ -16,18 +17,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.refs import moe_layer_ref
-from comet_compile.passes.find import Candidate, ExpertGemm
-from comet_compile.passes.graph_view import concrete, val
-from comet_compile.passes.probe import Support, make
-from comet_compile.passes.samples import Sample
-from comet_compile.passes.simulate import Ranked, World
+from comet_compile.passes.graph_view import concrete, numel, val
+from comet_compile.passes.probe import Probe, Support, make, restrict
+from comet_compile.passes.reasons import Rejection, RejectReason
+from comet_compile.passes.region import Candidate, ExpertGemm
+from comet_compile.passes.samples import Sample, routings, size_choices
+from comet_compile.passes.simulate import Failed, Ranked, World, values_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +277,40 @@ def _stack(gemm: ExpertGemm, data: Sequence[Tensor], k: Support, n: Support) -> 
     if gemm.transposed:
         return [make(d.transpose(1, 2), (None, n, k)) for d in data]
     return [make(d, (None, k, n)) for d in data]
+
+
+def samples(candidate: Candidate, form: Form) -> Iterator[Sample]:
+    """Every routing at the traced sizes, then two routings at other sizes."""
+    experts = candidate.pair.out.num_experts
+    num_ids = experts * form.world.size if form.shards_tokens else experts
+    for index, sizes in enumerate(size_choices(candidate.nodes)):
+        tokens = concrete(numel(val(candidate.x).shape[:-1]), sizes)
+        listed = routings(tokens, candidate.top_k, num_ids, form.world.size, experts)
+        for number, (name, ids) in enumerate(listed):
+            if index == 0 or number < 2:
+                yield Sample(name, sizes, ids, seed=100 * index + number + 1)
+
+
+def outputs(
+    node: fx.Node, instance: Instance, overrides: Mapping[fx.Node, Ranked] | None = None
+) -> list[Tensor] | Rejection:
+    """[T, h] rows of a [.., H] node of the region on every rank of `instance`."""
+    bound = {**instance.bindings(), **(overrides or {})}
+    nodes, form = instance.candidate.nodes, instance.form
+    values = values_of(node, nodes, bound, form.world, instance.sample.symbols)
+    if isinstance(values, Failed):
+        return Rejection(values.reason, values.detail)
+    width = len(instance.h_cols)
+    rows = []
+    for value in values:
+        size = value.shape[-1]
+        if not isinstance(value, Probe) or any(value.supports[:-1]) or not value.supports[-1]:
+            return Rejection(RejectReason.UNSUPPORTED_OP, f"{node.name} lost its columns")
+        if not set(instance.h_cols) <= set(value.supports[-1].cols):
+            return Rejection(RejectReason.UNSUPPORTED_OP, f"{node.name} lost its columns")
+        data = restrict(value, value.ndim - 1, instance.h_cols, size)
+        rows.append(data.reshape(-1, width))
+    return rows
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:

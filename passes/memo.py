@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from comet_compile.passes.find import Candidate
 from comet_compile.passes.graph_view import is_known_size, val
+from comet_compile.passes.region import Candidate
 
 Roles = Mapping[fx.Node, Hashable]
 

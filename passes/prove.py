@@ -5,13 +5,12 @@ The verdict depends on the graph, the group's size and the options only, so ever
 reaches the same one.
 
 Steps
-1. Form: which collectives the region holds, on which group, of which size.
-2. Layout: shapes and dtypes that the op can take.
-3. Identify the activation: interpret the region on one routing and compare with every known
+1. Legality: the region's process group, and layouts, dtypes and sizes that the op can take.
+2. Identify the activation: interpret the region on one routing and compare with every known
    function between the projections.
-4. Prove: interpret the region on all chosen routings and sizes, for all ranks, and compare every
+3. Prove: interpret the region on all chosen routings and sizes, for all ranks, and compare every
    row of every rank with the op's own definition.
-5. Unusual ids: the op drops ids out of range and takes an id twice in a row as two slots; the
+4. Unusual ids: the op drops ids out of range and takes an id twice in a row as two slots; the
    region must too, unless the graph shows that such ids cannot occur or the region reads unwritten
    memory for them.
 """
@@ -19,37 +18,20 @@ Steps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, fx
 
-from comet_compile.kernels.activation import GATED_KINDS, PLAIN_KINDS, Activation
-from comet_compile.passes.find import Candidate, ExpertGemm, collectives
-from comet_compile.passes.graph_view import (
-    concrete,
-    dependents,
-    numel,
-    val,
-)
-from comet_compile.passes.instance import Form, Instance, Roles, close
-from comet_compile.passes.probe import Probe, Support, Untracked, make, restrict
+from comet_compile.kernels.activation import Activation
+from comet_compile.passes.graph_view import dependents, val
+from comet_compile.passes.identify import identify
+from comet_compile.passes.instance import Form, Instance, Roles, close, outputs, samples
+from comet_compile.passes.legality import check_layout, check_size, form_of
 from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.samples import (
-    REPEATED,
-    SENTINEL_HIGH,
-    SENTINEL_LOW,
-    Sample,
-    routings,
-    size_choices,
-)
-from comet_compile.passes.simulate import Failed, Ranked, World, values_of
-
-aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from comet_compile.passes.region import Candidate
+from comet_compile.passes.samples import REPEATED, SENTINEL_HIGH, SENTINEL_LOW, Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,98 +74,20 @@ def prove(
 
     `group_size` gives the number of ranks of a group by name, None if there is no such group.
     """
-    form = _form(candidate, group_size)
+    form = form_of(candidate, group_size)
     if isinstance(form, Rejection):
         return form
-    refused = _check_layout(candidate) or _check_size(candidate, form, max_rows)
+    refused = check_layout(candidate) or check_size(candidate, form, max_rows)
     if refused:
         return refused
     roles = _bias_roles(candidate)
     place, product_dtype = weighting(candidate)
-    for activation_scale in _identify(candidate, roles, form, place):
-        if isinstance(activation_scale, Rejection):
-            return activation_scale
-        activation, scale = activation_scale
-        layer = Layer(candidate, roles, form, activation, place, product_dtype, scale)
-        return _verify(layer) or layer
-    raise AssertionError("identification ends with a verdict")
-
-
-# -- form, layout, size -----------------------------------------------------------------------
-
-
-def _form(candidate: Candidate, group_size: Callable[[str], int | None]) -> Form | Rejection:
-    nodes = collectives(candidate)
-    if not nodes:
-        return Form("local", World("", 1))
-    groups = {n.args[-1] if isinstance(n.args[-1], str) else _group_name(n) for n in nodes}
-    if len(groups) > 1:
-        names = ", ".join(f"{n.name} on {n.args[-1]!r}" for n in nodes)
-        return Rejection(RejectReason.MIXED_GROUPS, names)
-    (group,) = groups
-    size = group_size(group)
-    if size is None:
-        detail = f"{nodes[0].name} names group {group!r}, which is not initialised here"
-        return Rejection(RejectReason.UNKNOWN_GROUP, detail)
-    kinds = {n.target.overloadpacket for n in nodes}
-    travels = kinds & {c10d.all_to_all_single}
-    return Form("all_to_all" if travels else "replicated", World(group, size))
-
-
-def _group_name(node: fx.Node) -> str:
-    """The name of a group that stands in the graph as an object (compile_on_one_rank)."""
-    return str(getattr(node.args[-1], "group_name", node.args[-1]))
-
-
-def _check_layout(candidate: Candidate) -> Rejection | None:
-    pair = candidate.pair
-    dtype = val(pair.out.stack).dtype
-    for stack in pair.stacks:
-        if val(stack).dtype not in _DTYPES:
-            detail = f"{stack.name} is {val(stack).dtype}"
-            return Rejection(RejectReason.UNSUPPORTED_DTYPE, detail)
-    if any(val(n).dtype != dtype for n in (*pair.stacks, candidate.x)):
-        detail = f"{candidate.x.name} and the expert stacks differ in dtype"
-        return Rejection(RejectReason.UNSUPPORTED_DTYPE, detail)
-    shapes = [val(s).shape for s in pair.stacks]
-    if not all(isinstance(size, int) for shape in shapes for size in shape):
-        return Rejection(RejectReason.UNSUPPORTED_LAYOUT, "expert stacks of symbolic size")
-    columns = [gemm.out_features for gemm in pair.ins]
-    inner, hidden = pair.out.in_features, pair.ins[0].in_features
-    fits = columns in ([inner], [2 * inner], [inner, inner])
-    same_experts = len({gemm.num_experts for gemm in (*pair.ins, pair.out)}) == 1
-    same_hidden = all(gemm.in_features == hidden for gemm in pair.ins)
-    if not (fits and same_experts and same_hidden and pair.out.out_features == hidden):
-        text = " -> ".join(str(list(shape)) for shape in shapes)
-        return Rejection(RejectReason.UNSUPPORTED_LAYOUT, f"expert stacks {text}")
-    return None
-
-
-def _check_size(candidate: Candidate, form: Form, max_rows: int) -> Rejection | None:
-    try:
-        choices = size_choices(candidate.nodes)
-        rows = max(
-            concrete(numel(val(candidate.x).shape[:-1]), s) * candidate.top_k for s in choices
-        )
-    except ValueError as error:
-        return Rejection(RejectReason.DYNAMIC_SPLITS, f"{candidate.x.name}: {error}")
-    # tokens differ by rank, so between ranks their number must not decide
-    if rows > max_rows and form.name == "local":
-        detail = f"{rows} rows, allowed {max_rows}"
-        return Rejection(RejectReason.TOO_LARGE, detail)
-    return None
-
-
-def samples(candidate: Candidate, form: Form) -> Iterator[Sample]:
-    """Every routing at the traced sizes, then two routings at other sizes."""
-    experts = candidate.pair.out.num_experts
-    num_ids = experts * form.world.size if form.shards_tokens else experts
-    for index, sizes in enumerate(size_choices(candidate.nodes)):
-        tokens = concrete(numel(val(candidate.x).shape[:-1]), sizes)
-        listed = routings(tokens, candidate.top_k, num_ids, form.world.size, experts)
-        for number, (name, ids) in enumerate(listed):
-            if index == 0 or number < 2:
-                yield Sample(name, sizes, ids, seed=100 * index + number + 1)
+    identified = identify(candidate, roles, form, place)
+    if isinstance(identified, Rejection):
+        return identified
+    activation, scale = identified
+    layer = Layer(candidate, roles, form, activation, place, product_dtype, scale)
+    return _verify(layer) or layer
 
 
 # -- structure that numbers alone cannot tell -------------------------------------------------
@@ -224,152 +128,7 @@ def _bias_roles(candidate: Candidate) -> Roles:
     return Roles(**roles)
 
 
-# -- identification ---------------------------------------------------------------------------
-
-
-def _constants(candidate: Candidate) -> tuple[list[float], list[float]]:
-    """Numbers that clamp, and numbers that scale, between the projections."""
-    clamps: set[float] = set()
-    scales: set[float] = set()
-    pair = candidate.pair
-    between = dependents([gemm.node for gemm in pair.ins], candidate.nodes)
-    between -= dependents([pair.out.node], candidate.nodes)
-    for node in between:
-        packet = getattr(node.target, "overloadpacket", None)
-        numbers = [a for a in node.args if isinstance(a, (int, float)) and a]
-        numbers += [
-            n.args[-1]
-            for n in node.all_input_nodes
-            if n.target in (aten.full.default, aten.scalar_tensor.default)
-            and isinstance(n.args[-1], (int, float))
-        ]
-        if packet in (aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum):
-            clamps |= {abs(float(n)) for n in numbers}
-        elif packet in (aten.mul, aten.div):
-            scales |= {abs(float(n)) for n in numbers}
-    return sorted(clamps - {0.0}), sorted(scales)
-
-
-def _hypotheses(candidate: Candidate) -> Iterator[Activation]:
-    """Known activations that the shapes and numbers in the graph admit, likely ones first."""
-    pair = candidate.pair
-    clamps, scales = _constants(candidate)
-    if len(pair.ins) == 1 and pair.ins[0].out_features == pair.out.in_features:
-        yield from (Activation(kind) for kind in PLAIN_KINDS)
-        return
-    layouts = [(False, False), (False, True)]
-    if len(pair.ins) == 1:
-        layouts += [(True, False), (True, True)]
-    for kind in GATED_KINDS:
-        alphas: list[float | None] = [*scales, 1.0] if kind == "swiglu_oai" else [None]
-        for limit in (None, *clamps):
-            for interleaved, up_first in layouts:
-                for alpha in alphas:
-                    yield Activation(kind, interleaved, up_first, alpha, limit)
-
-
-def _identify(
-    candidate: Candidate, roles: Roles, form: Form, place: str
-) -> Iterator[tuple[Activation, float] | Rejection]:
-    """The activation and the scale of the numbers it was told apart on, or a refusal."""
-    clamps, _ = _constants(candidate)
-    # pre-activations must fall on both sides of every clamp
-    scale = max([1.0, *(0.7 * c for c in clamps if c < 100)])
-    sample = next(iter(samples(candidate, form)))
-    instance = Instance(candidate, roles, form, sample, scale)
-    outcome = outputs(candidate.y, instance)
-    if isinstance(outcome, Rejection):
-        yield outcome
-        return
-    few = min(8, sample.num_tokens)
-    for activation in _hypotheses(candidate):
-        expected = instance.expected(activation, place, tokens=few)
-        if all(close(a[:few], e) for a, e in zip(outcome, expected, strict=True)):
-            yield activation, scale
-            return
-    yield _unidentified(candidate, instance, place, few)
-
-
-def _unidentified(candidate: Candidate, instance: Instance, place: str, few: int) -> Rejection:
-    """Tell an unknown activation from wrong routing: interpret with the activation taken out."""
-    pair = candidate.pair
-    plain = RejectReason.NOT_EQUIVALENT
-    detail = f"{candidate.y.name} is not the weighted sum of its tokens' experts"
-    world, symbols = instance.form.world, instance.sample.symbols
-    bound = instance.bindings()
-    try:
-        values = values_of(pair.ins[0].node, candidate.nodes, bound, world, symbols)
-        if isinstance(values, Failed):
-            return Rejection(values.reason, values.detail)
-        linear = [_first_columns(v, instance, pair.out) for v in values]
-    except Untracked:
-        return Rejection(plain, detail)
-    outcome = outputs(candidate.y, instance, {pair.out.rows: linear})
-    if isinstance(outcome, Rejection) or place == "between":
-        return Rejection(plain, detail)
-    linear_instance = dataclasses.replace(instance)
-    leaves = linear_instance.leaves()
-    expected = _linear_expectation(linear_instance, leaves, place, few)
-    if all(close(a[:few], e) for a, e in zip(outcome, expected, strict=True)):
-        detail = f"the function between {pair.ins[0].node.name} and {pair.out.node.name}"
-        return Rejection(RejectReason.UNKNOWN_ACTIVATION, detail)
-    return Rejection(plain, detail)
-
-
-def _first_columns(value: object, instance: Instance, out: ExpertGemm) -> object:
-    """The in-projection's tracked intermediate columns, as rows for the out-projection."""
-    assert isinstance(value, Probe)
-    dim = next(d for d, s in enumerate(value.supports) if s)
-    support = value.supports[dim]
-    assert support is not None
-    data = restrict(value, dim, instance.i_cols, support.size)
-    inner = Support(out.in_features, instance.i_cols, zero=False)
-    shape = list(data.shape)
-    if val(out.rows).ndim == 3 and val(out.rows).shape[1] == 1 and dim == 1:
-        # the other operand order of a batched GEMM: rows lie along the last dimension
-        return make(data.transpose(1, 2), (None, None, inner))
-    return make(data.reshape(shape), tuple(inner if d == dim else None for d in range(data.ndim)))
-
-
-def _linear_expectation(
-    instance: Instance, leaves: dict[str, list[Tensor] | None], place: str, few: int
-) -> list[Tensor]:
-    """The oracle with no activation: the first half of the in-projection goes straight on."""
-    keep = torch.tensor([instance.n_cols.index(c) for c in instance.i_cols])
-    for name in ("w_in", "b_in"):
-        values = leaves[name]
-        if values is not None:
-            leaves[name] = [v[..., keep] for v in values]
-    leaves["w_up"] = leaves["b_up"] = None
-    # the table of the in-projection is added before the point that was overridden is read
-    leaves["b_in"] = None
-    instance.fused = False
-    return instance.expected(Activation("identity"), place, leaves, tokens=few)
-
-
 # -- verification -----------------------------------------------------------------------------
-
-
-def outputs(
-    node: fx.Node, instance: Instance, overrides: Mapping[fx.Node, Ranked] | None = None
-) -> list[Tensor] | Rejection:
-    """[T, h] rows of a [.., H] node of the region on every rank of `instance`."""
-    bound = {**instance.bindings(), **(overrides or {})}
-    nodes, form = instance.candidate.nodes, instance.form
-    values = values_of(node, nodes, bound, form.world, instance.sample.symbols)
-    if isinstance(values, Failed):
-        return Rejection(values.reason, values.detail)
-    width = len(instance.h_cols)
-    rows = []
-    for value in values:
-        size = value.shape[-1]
-        if not isinstance(value, Probe) or any(value.supports[:-1]) or not value.supports[-1]:
-            return Rejection(RejectReason.UNSUPPORTED_OP, f"{node.name} lost its columns")
-        if not set(instance.h_cols) <= set(value.supports[-1].cols):
-            return Rejection(RejectReason.UNSUPPORTED_OP, f"{node.name} lost its columns")
-        data = restrict(value, value.ndim - 1, instance.h_cols, size)
-        rows.append(data.reshape(-1, width))
-    return rows
 
 
 def _verify(layer: Layer) -> Rejection | None:

@@ -1,0 +1,82 @@
+"""What a candidate region is: expert GEMMs, the pair that makes a layer, and a cut around it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from comet_compile.passes.graph_view import is_collective, val
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertGemm:
+    """One product of rows with a stack of expert matrices.
+
+    `stack` is [L, K, N], or [L, N, K] if `transposed` (one matrix per expert either way).
+    """
+
+    node: fx.Node
+    rows: fx.Node
+    stack: fx.Node
+    transposed: bool
+
+    @property
+    def num_experts(self) -> int:
+        return int(val(self.stack).shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(val(self.stack).shape[2 if self.transposed else 1])
+
+    @property
+    def out_features(self) -> int:
+        return int(val(self.stack).shape[1 if self.transposed else 2])
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertPair:
+    """The in-projections (one, or gate and up apart) and the out-projection of one layer."""
+
+    ins: tuple[ExpertGemm, ...]
+    out: ExpertGemm
+
+    @property
+    def stacks(self) -> tuple[fx.Node, ...]:
+        return (*(gemm.stack for gemm in self.ins), self.out.stack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A region cut out of the graph: its inputs, its output and the nodes in between.
+
+    `nodes` are in graph order and hold the boundary nodes too; `biases` are the [L, columns]
+    tables that rows pick a line of. `top_k` is the number of ids per token.
+    """
+
+    pair: ExpertPair
+    x: fx.Node
+    ids: fx.Node
+    weights: fx.Node | None
+    y: fx.Node
+    biases: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"{self.y.name} = moe({self.x.name}, {self.ids.name}, {self.weights})"
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        weights = () if self.weights is None else (self.weights,)
+        return (self.x, self.ids, *weights, *self.pair.stacks, *self.biases)
+
+
+def collectives(candidate: Candidate) -> list[fx.Node]:
+    """The collectives inside the region that do more than wait."""
+    return [
+        n for n in candidate.nodes if is_collective(n) and n.target is not c10d.wait_tensor.default
+    ]

@@ -1,0 +1,133 @@
+"""Follow rows up from the in-projection to the tokens, and down from the out-projection to y.
+
+On their way rows are moved between orders and ranks, masked, scaled and summed; what else happens
+to them ends the chain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from comet_compile.passes.graph_view import is_float, is_tensor, is_value, same_size, val
+from comet_compile.passes.region import ExpertPair
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+c10d = torch.ops._c10d_functional
+
+_MOVES = {
+    aten.index,
+    aten.index_select,
+    aten.gather,
+    aten.view,
+    aten.reshape,
+    aten.expand,
+    aten.clone,
+    aten.permute,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.slice,
+    aten.select,
+    aten.split,
+    aten.split_with_sizes,
+    aten.repeat,
+    aten.constant_pad_nd,
+    prims.convert_element_type,
+    aten._to_copy,
+    c10d.wait_tensor,
+    c10d.all_to_all_single,
+    c10d.all_gather_into_tensor,
+}
+
+
+def _is_constant(node: Any) -> bool:
+    return isinstance(node, fx.Node) and not node.all_input_nodes and node.op == "call_function"
+
+
+def token_chain(pair: ExpertPair) -> list[fx.Node]:
+    """Where the rows of the in-projection come from: [.., H] values, matrices first, then from
+    the outside in."""
+    chain: list[fx.Node] = []
+    node: fx.Node | None = pair.ins[0].rows
+    features = pair.ins[0].in_features
+    while node is not None:
+        if is_float(node) and val(node).ndim >= 2 and same_size(val(node).shape[-1], features):
+            chain.append(node)
+        node = _main_source(node)
+    dtype = val(pair.ins[0].rows).dtype
+    chain = [node for node in reversed(chain) if val(node).dtype == dtype]
+    return sorted(chain, key=lambda n: val(n).ndim != 2)
+
+
+def _main_source(node: fx.Node) -> fx.Node | None:
+    """The operand that carries the rows on, if `node` only moves, masks or scales rows."""
+    if node.op != "call_function":
+        return None
+    packet = getattr(node.target, "overloadpacket", node.target)
+    if packet in _MOVES or getattr(node.target, "__name__", "") == "getitem":
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if packet is aten.cat:
+        rows = [n for n in node.args[0] if not _is_constant(n)]
+        return rows[0] if rows else None
+    if packet is aten.where:
+        rows = [n for n in node.args[1:] if isinstance(n, fx.Node) and not _is_constant(n)]
+        return rows[0] if len(rows) == 1 else None
+    if packet is aten.mul:
+        return _scaled_rows(node)
+    return None
+
+
+def _scaled_rows(node: fx.Node) -> fx.Node | None:
+    """The rows operand of rows * scale, where scale is one number per row."""
+    tensors = [n for n in node.args if isinstance(n, fx.Node) and is_tensor(n)]
+    rows = [n for n in tensors if val(n).ndim >= 1 and not _is_one(val(n).shape[-1])]
+    return rows[0] if len(tensors) == 2 and len(rows) == 1 else None
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+_COMBINES = _MOVES | {
+    aten.index_put,
+    aten.index_add,
+    aten.scatter_add,
+    aten.scatter,
+    aten.where,
+    aten.mul,
+    aten.sum,
+    aten.add,
+    aten.cat,
+    aten.bmm,
+    c10d.all_reduce,
+    c10d.reduce_scatter_tensor,
+}
+
+
+def output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
+    """Where the rows of the out-projection go: [.., H] values, matrices first, widest first."""
+    features = pair.out.out_features
+    chain: list[fx.Node] = []
+    node: fx.Node = pair.out.node
+    while True:
+        if is_float(node) and val(node).ndim >= 2 and same_size(val(node).shape[-1], features):
+            chain.append(node)
+        # a size read off the value is no use of it
+        users = [u for u in node.users if u not in backward and u.op != "output" and is_value(u)]
+        if len(users) != 1 or any(u.op == "output" for u in node.users):
+            break
+        if getattr(users[0].target, "overloadpacket", None) not in _COMBINES:
+            break
+        if users[0].target is aten.add.Tensor and not _adds_bias(users[0], node):
+            break
+        node = users[0]
+    chain.reverse()
+    return sorted(chain, key=lambda n: val(n).ndim != 2)
+
+
+def _adds_bias(node: fx.Node, rows: fx.Node) -> bool:
+    others = [n for n in node.args[:2] if isinstance(n, fx.Node) and n is not rows]
+    return all(_is_constant(n) or n.target in (aten.index.Tensor, aten.mul.Tensor) for n in others)
