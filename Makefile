@@ -12,6 +12,8 @@ PIP_ARGS ?=
 TORCH_SPEC ?= $(shell grep -E '^torch==' $(CONSTRAINTS))
 # 1: run in the Python that is active now, installing nothing but this checkout.
 USE_CURRENT_ENV ?= $(if $(VENV),,1)
+OLD_TRITON := $(shell grep -E '^triton==' constraints/torch-2.11.txt)
+OLD_TRITON_DIR := build/$(subst ==,-,$(OLD_TRITON))
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 
@@ -28,10 +30,10 @@ READY := $(VENV)/.ready
 PY := $(abspath $(VENV))/bin/python
 endif
 
-.PHONY: help demo test coverage browser lint format types wheel package clean current-env
+.PHONY: help demo test cross-compile coverage browser lint format types wheel package clean current-env
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(READY) ## Train three small MoE models, eager beside comet, and print what was rewritten
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) examples/quickstart.py
@@ -40,6 +42,13 @@ test: $(READY) ## Run the CPU test suite
 	@# an environment that is used as it is may lack pytest-xdist
 	workers=$$($(PY) -c 'import importlib.util as u; print("-n $(PYTEST_WORKERS)" if u.find_spec("xdist") else "")'); \
 	OMP_NUM_THREADS=1 $(PY) -m pytest $$workers -m "not gpu and not multigpu" $(PYTEST_ARGS)
+
+cross-compile: $(READY) ## Compile the kernels for GPUs that are not here, with the oldest supported Triton
+	@# `make test` does so with the newest; torch itself may have no triton of its own on a CPU
+	[ -d $(OLD_TRITON_DIR) ] || $(PY) -m pip install -qq $(PIP_ARGS) --no-deps --target $(OLD_TRITON_DIR) '$(OLD_TRITON)'
+	export PYTHONPATH=$(CURDIR)/$(OLD_TRITON_DIR) OMP_NUM_THREADS=1; \
+	  $(PY) -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
+	  $(PY) -m pytest tests/kernels/test_cross_compile.py $(PYTEST_ARGS)
 
 coverage: $(READY) ## Run the CPU test suite and report what it covers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_WORKERS) -m "not gpu and not multigpu" --cov $(PYTEST_ARGS)

@@ -44,7 +44,8 @@ class _Driver:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        # kernels are kept by device: one target must not be given those of another
+        return self._target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import poison
 import pytest
 import torch
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty is NaN (integers: the largest), so what nobody wrote shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(1).isnan()
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
+    """Every torch.empty is NaN."""
+    with poison.poisoned_memory():
+        yield
 
 
 @pytest.fixture
@@ -29,5 +25,6 @@ def interpreted(poisoned_memory: None) -> Iterator[None]:
     reason = triton_interpreter.why_not()
     if reason is not None:
         pytest.skip(reason)
+    torch.set_num_threads(1)
     with triton_interpreter.interpreting():
         yield

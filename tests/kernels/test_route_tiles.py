@@ -5,55 +5,18 @@ Legend: T tokens, A experts per token, L experts, M tiles, R rows.
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from comet_compile.kernels.route_tiles import TileRouting, max_tiles, route_tiles
+from tile_tables import Tables, route_tiles_ref
+
+from comet_compile.kernels.route_tiles import max_tiles, route_tiles
 from comet_compile.kernels.routing import sort_slots
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-
-
-@dataclasses.dataclass
-class Tables:
-    """The tables in use, as lists."""
-
-    slot_R: list[int]
-    row_S: list[int]
-    expert_M: list[int]
-    first_row_M: list[int]
-
-    @classmethod
-    def read(cls, routing: TileRouting) -> Tables:
-        num_tiles = int(routing.num_tiles)
-        return cls(
-            routing.slot_R[: num_tiles * routing.block_m].tolist(),
-            routing.row_S.tolist(),
-            routing.expert_M[:num_tiles].tolist(),
-            routing.first_row_M[:num_tiles].tolist(),
-        )
-
-
-def route_tiles_ref(ids_TA: Tensor, num_experts: int, block_m: int) -> Tables:
-    flat = ids_TA.reshape(-1).tolist()
-    tables = Tables([], [-1] * len(flat), [], [])
-    num_routed = 0
-    for expert in range(num_experts):
-        slots = [slot for slot, chosen in enumerate(flat) if chosen == expert]
-        for start in range(0, len(slots), block_m):
-            tables.expert_M.append(expert)
-            tables.first_row_M.append(num_routed + start)
-            for slot in slots[start : start + block_m]:
-                tables.row_S[slot] = len(tables.slot_R)
-                tables.slot_R.append(slot)
-            tables.slot_R += [-1] * (-len(tables.slot_R) % block_m)
-        num_routed += len(slots)
-    return tables
 
 
 def check(ids_TA: Tensor, num_experts: int, block_m: int) -> Tables:

@@ -1,0 +1,180 @@
+"""Every kernel of the local path at the shapes of real models, compiled for GPUs not there.
+
+A spill, a tile that does not fit into shared memory, or an instruction that one architecture lacks
+shows here without a GPU. The weights are "meta" tensors: the compiler asks for their dtypes, sizes
+and alignment, never for their values, and DeepSeek-V3's take 22 GB a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from cross_compile import Compiled, compiling_for
+
+from comet_compile.kernels import fused
+from comet_compile.kernels.activation import Activation
+from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.plan import Device, choose_plan
+from comet_compile.kernels.portable import Routed
+
+DEVICES = {
+    80: Device(num_sms=108, shared_bytes=166912, capability=(8, 0)),
+    90: Device(num_sms=132, shared_bytes=232448, capability=(9, 0)),
+    100: Device(num_sms=148, shared_bytes=232448, capability=(10, 0)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The sizes of a layer, and how its checkpoint stores the experts."""
+
+    hidden: int
+    inter: int
+    num_experts: int
+    top_k: int
+    activation: str = "silu_glu"
+    k_contiguous: bool = True
+    biases: bool = False
+    weight_place: str = "after"
+    save: bool = False  # the rows in front of the activation
+
+
+GPT_OSS = Model(
+    hidden=2880,
+    inter=2880,
+    num_experts=32,
+    top_k=4,
+    activation="swiglu_oai:interleaved:alpha=1.702:limit=7.0",
+    k_contiguous=False,
+    biases=True,
+)
+MODELS = {
+    "qwen3_30b": Model(2048, 768, 128, 8),
+    "mixtral": Model(4096, 14336, 8, 2),
+    "deepseek_v3": Model(7168, 2048, 256, 8),
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_training": dataclasses.replace(GPT_OSS, save=True),
+    # the modes of layer0 that none of them uses
+    "halves_n_contiguous": Model(2048, 768, 128, 8, k_contiguous=False, biases=True, save=True),
+    "interleaved_k_contiguous": Model(
+        2048, 768, 128, 8, "silu_glu:interleaved", weight_place="between"
+    ),
+    "plain": Model(2048, 768, 128, 8, "relu2", biases=True, weight_place="before", save=True),
+    "plain_n_contiguous": Model(2048, 768, 128, 8, "gelu", k_contiguous=False),
+}
+
+# The most registers that (layer0, layer1) took with triton 3.6.0 and 3.9.0.
+REGISTERS = {
+    (90, "qwen3_30b", 64): (80, 70),
+    (90, "qwen3_30b", 512): (80, 70),
+    (90, "qwen3_30b", 8192): (168, 154),
+    (90, "mixtral", 64): (80, 50),
+    (90, "mixtral", 512): (168, 90),
+    (90, "mixtral", 8192): (168, 154),
+    (90, "deepseek_v3", 64): (80, 70),
+    (90, "deepseek_v3", 512): (80, 70),
+    (90, "deepseek_v3", 8192): (168, 154),
+    (90, "gpt_oss", 64): (126, 88),
+    (90, "gpt_oss", 512): (254, 168),
+    (90, "gpt_oss", 8192): (244, 168),
+    (90, "halves_n_contiguous", 8192): (255, 168),
+    (90, "interleaved_k_contiguous", 8192): (172, 154),
+    (90, "plain", 8192): (244, 170),
+    (90, "plain_n_contiguous", 8192): (189, 154),
+    (90, "gpt_oss_training", 8192): (255, 168),
+    (80, "qwen3_30b", 64): (230, 227),
+    (80, "qwen3_30b", 8192): (255, 255),
+    (80, "gpt_oss", 8192): (255, 255),
+    (100, "qwen3_30b", 64): (108, 84),
+    (100, "qwen3_30b", 8192): (175, 145),
+    (100, "gpt_oss", 8192): (255, 182),
+}
+# What these take besides does not depend on the model's size.
+OTHER_REGISTERS = {"count": 47, "place": 128, "sum": 40}
+# Where the tiles of `choose_plan`, sized for sm_90 and inference, are too large for the registers.
+KNOWN_SPILLS = {
+    (90, "gpt_oss_training", 8192),
+    (80, "qwen3_30b", 8192),
+    (80, "gpt_oss", 8192),
+    (100, "gpt_oss", 8192),
+}
+
+
+def compile_layer(capability: int, model: Model, num_tokens: int) -> list[Compiled]:
+    """Compile what `local_forward` launches, with the plan of that size."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def weight(k: int, n: int) -> Tensor:
+        if model.k_contiguous:
+            return empty(model.num_experts, n, k).transpose(1, 2)
+        return empty(model.num_experts, k, n)
+
+    def bias(n: int) -> Tensor | None:
+        return empty(model.num_experts, n) if model.biases else None
+
+    act = Activation.parse(model.activation)
+    columns = 2 * model.inter if act.gated else model.inter
+    params = ExpertParams(
+        weight(model.hidden, columns), None, weight(model.inter, model.hidden),
+        bias(columns), None, bias(model.hidden),
+    )  # fmt: skip
+    routed = Routed(
+        empty(num_tokens, model.hidden),
+        empty(num_tokens, model.top_k, dtype=torch.int64),
+        empty(num_tokens, model.top_k, dtype=torch.float32),
+    )
+    math = LayerMath(act, model.weight_place, torch.float32)
+    plan = choose_plan(
+        num_tokens * model.top_k,
+        model.num_experts,
+        model.hidden,
+        model.inter,
+        gated=act.gated,
+        wide=model.k_contiguous or act.interleaved or not act.gated,
+        device=DEVICES[capability],
+    )
+    with compiling_for(capability) as compiled:
+        fused.local_forward(routed, params, math, torch.bfloat16, save=model.save, plan=plan)
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "num_tokens"),
+    [
+        pytest.param(
+            *case,
+            marks=[pytest.mark.xfail(raises=AssertionError, reason="spills")]
+            if case in KNOWN_SPILLS
+            else [],
+        )
+        for case in REGISTERS
+    ],
+)
+def test_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -> None:
+    compiled = compile_layer(capability, MODELS[name], num_tokens)
+    layer0, layer1 = REGISTERS[capability, name, num_tokens]
+    ceilings = {**OTHER_REGISTERS, "gather": layer0, "gemm": layer1}
+    seen = set()
+    for kernel in compiled:
+        stem = kernel.name.split("_")[0]
+        seen.add(stem)
+        assert kernel.spilled_bytes == 0, kernel
+        assert kernel.registers <= ceilings[stem], kernel
+        assert kernel.shared_bytes <= DEVICES[capability].shared_bytes, kernel
+    assert seen >= {"place", "gather", "gemm", "sum"}
+    assert ("count" in seen) == (num_tokens * MODELS[name].top_k > 512)
+
+
+def test_targets_do_not_share_kernels() -> None:
+    model = Model(64, 32, 4, 2)
+    by_target = [compile_layer(capability, model, 16) for capability in (80, 90)]
+    assert [k.name for k in by_target[0]] == [k.name for k in by_target[1]]
+    assert by_target[0] != by_target[1]

@@ -1,0 +1,301 @@
+"""The fused path of comet::moe_layer on one GPU: values, bits, no host read, CUDA graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fused_layers import math, params, routed
+from moe_cases import Case
+from numerics import assert_matches_ref
+from poison import poisoned_memory
+from tile_tables import Tables, route_tiles_ref
+
+from comet_compile.kernels import (
+    ops,  # noqa: F401, registers the ops
+    paths,
+    portable,
+)
+from comet_compile.kernels.refs import moe_layer_ref
+from comet_compile.kernels.route_tiles import route_tiles
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+DEVICE = "cuda"
+GPT_OSS = "swiglu_oai:interleaved:alpha=1.702:limit=7.0"
+
+
+def make_layer(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden: int,
+    inter: int,
+    *,
+    activation: str = "silu_glu",
+    weight_place: str = "after",
+    k_contiguous: bool = True,
+    apart: bool = False,
+    biases: bool = False,
+    strays: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    weights_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """Return a layer made on the device, as `make_case` is too slow at these sizes."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype)
+
+    def weight(k: int, n: int) -> Tensor:
+        stored = (num_experts, n, k) if k_contiguous else (num_experts, k, n)
+        made = normal(*stored).mul_(k**-0.5)
+        return made.transpose(1, 2) if k_contiguous else made
+
+    gated = "glu" in activation
+    columns = 2 * inter if gated and not apart else inter
+    scores = torch.rand(num_tokens, num_experts, generator=generator, device=DEVICE)
+    weights, ids = scores.topk(top_k, dim=1)
+    if strays:
+        ids[::3, 0] = num_experts + 5
+        ids[num_tokens // 2, -1] = -1
+        ids[-1, 0] = 2**32
+        weights[0, 0] = float("nan")
+    return Case(
+        x=normal(num_tokens, hidden),
+        ids=ids,
+        weights=weights.to(weights_dtype),
+        w_in=weight(hidden, columns),
+        w_up=weight(hidden, inter) if apart else None,
+        w_out=weight(inter, hidden),
+        b_in=normal(num_experts, columns) if biases else None,
+        b_up=normal(num_experts, inter) if biases and apart else None,
+        b_out=normal(num_experts, hidden) if biases else None,
+        grad_y=normal(0),
+        activation=activation,
+        weight_place=weight_place,
+        product_dtype=weights_dtype,
+        out_dtype=dtype,
+    )
+
+
+def run(case: Case, save: str = "pre_activation") -> tuple[Tensor, Tensor]:
+    """Run the op on poisoned memory and return (y, the saved rows that have an expert)."""
+    with poisoned_memory():
+        y, saved, _ = torch.ops.comet.moe_layer(*case.tensors(), None, **op_options(case, save))
+    return y, saved[: num_rows(case)]
+
+
+def op_options(case: Case, save: str) -> dict[str, Any]:
+    options: dict[str, Any] = {**case.options(), "out_dtype": case.out_dtype, "save": save}
+    return {**options, "form": "local", "group_name": ""}
+
+
+def num_rows(case: Case) -> int:
+    return int(((case.ids >= 0) & (case.ids < case.w_in.shape[0])).sum())
+
+
+def why_portable(case: Case) -> str | None:
+    return paths.why_portable(routed(case), params(case), math(case))
+
+
+def check(case: Case) -> tuple[Tensor, Tensor]:
+    """Assert that the op runs fused and errs at most twice as much as the portable path."""
+    assert why_portable(case) is None
+    y, saved = run(case)
+    ref = moe_layer_ref(*case.tensors(), activation=case.activation, weight_place=case.weight_place)
+    eager, eager_saved = portable.local_forward(
+        routed(case), params(case), math(case), case.out_dtype
+    )
+    assert_matches_ref(y, ref, eager, what="y")
+    if not (case.weight_place == "before" and case.weights is not None):
+        assert_close_rows(saved, eager_saved[: num_rows(case)])
+    return y, saved
+
+
+def assert_close_rows(got: Tensor, eager: Tensor) -> None:
+    """Two roundings of one float32 sum, and one of a bias: three steps of the largest value."""
+    assert got.shape == eager.shape
+    if got.numel() == 0:
+        return
+    bound = 3 * torch.finfo(got.dtype).eps * eager.float().abs().max()
+    assert (got.float() - eager.float()).abs().max() <= bound
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "odd_multiples_of_8": {"sizes": (20, 2, 3, 40, 24)},
+    "olmoe_like": {"sizes": (777, 4, 60, 2048, 1408)},
+    "strays": {"sizes": (300, 8, 16, 256, 192), "strays": True},
+    "strays_many_experts": {"sizes": (2000, 2, 256, 512, 256), "strays": True},
+    "n_contiguous": {"sizes": (1000, 2, 8, 512, 256), "k_contiguous": False},
+    "n_contiguous_apart": {
+        "sizes": (1000, 2, 8, 512, 256), "k_contiguous": False, "apart": True, "biases": True,
+    },
+    "k_contiguous_apart": {
+        "sizes": (1000, 2, 8, 512, 264), "activation": "silu_glu:up_first", "apart": True,
+        "biases": True,
+    },
+    "gpt_oss": {
+        "sizes": (500, 4, 32, 2880, 2880), "activation": GPT_OSS, "k_contiguous": False,
+        "biases": True,
+    },
+    "before": {
+        "sizes": (500, 4, 8, 512, 256), "activation": "silu_glu:interleaved", "biases": True,
+        "weight_place": "before",
+    },
+    "between": {
+        "sizes": (500, 1, 8, 512, 256), "activation": "gelu_glu", "weight_place": "between",
+    },
+    "relu2": {"sizes": (500, 2, 8, 520, 200), "activation": "relu2", "biases": True},
+    "gelu_fp16": {"sizes": (500, 2, 8, 512, 256), "activation": "gelu", "dtype": torch.float16},
+    "gelu_tanh_glu": {"sizes": (500, 2, 8, 512, 256), "activation": "gelu_tanh_glu"},
+    "relu_glu": {"sizes": (500, 2, 8, 512, 256), "activation": "relu_glu"},
+    "sigmoid_glu": {"sizes": (500, 2, 8, 512, 256), "activation": "sigmoid_glu:limit=1.0"},
+    "one_expert": {"sizes": (5000, 1, 1, 512, 256), "activation": "identity"},
+    "bf16_products": {"sizes": (900, 8, 64, 512, 256), "weights_dtype": torch.bfloat16},
+    "sum_in_several_blocks": {"sizes": (64, 2, 4, 4104, 64)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_bits(name: str) -> None:
+    options = dict(CASES[name])
+    case = make_layer(*options.pop("sizes"), **options)
+    y, saved = check(case)
+    again, saved_again = run(case)
+    assert torch.equal(again, y)
+    assert torch.equal(saved_again, saved)
+    without, nothing = run(case, "nothing")
+    assert torch.equal(without, y)
+    assert nothing.numel() == 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 64, 256])
+def test_decode_sizes(num_tokens: int) -> None:
+    check(make_layer(num_tokens, 8, 128, 2048, 768))
+
+
+@pytest.mark.parametrize("ids", [[[-1, 9]] * 5, [[1, 1]] * 300], ids=["no_expert", "one_expert"])
+def test_routing_edges(ids: list[list[int]]) -> None:
+    case = make_layer(len(ids), 2, 4, 128, 64, biases=True)
+    y, _ = check(dataclasses.replace(case, ids=torch.tensor(ids, device=DEVICE)))
+    assert y.isfinite().all()
+
+
+def test_no_tokens() -> None:
+    y, saved = run(make_layer(0, 2, 4, 64, 64))
+    assert y.shape == (0, 64)
+    assert saved.shape == (0, 128)
+
+
+def test_not_a_number_stays_in_its_token() -> None:
+    case = make_layer(200, 2, 4, 128, 64)
+    assert case.weights is not None
+    case.weights[0, 1] = float("nan")  # token 0 also fills the rows of padding
+    case.x[17, 5] = float("nan")
+    y, _ = run(case)
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [0, 17]
+
+
+@pytest.mark.parametrize("strays", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_routing_tables_of_65536_tokens(strays: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    low, high = (-2, 131) if strays else (0, 128)
+    ids = torch.randint(low, high, (65536, 8), generator=generator, device=DEVICE, dtype=dtype)
+    with poisoned_memory():
+        first, again = (route_tiles(ids, 128, 128) for _ in range(2))
+    got = Tables.read(first)
+    expected = route_tiles_ref(ids, 128, 128)
+    for field in dataclasses.fields(Tables):  # without the texts of lists of half a million
+        same = getattr(got, field.name) == getattr(expected, field.name)
+        assert same, field.name
+    assert Tables.read(again) == got
+
+
+@pytest.mark.parametrize("save", ["nothing", "pre_activation"])
+def test_the_host_never_waits(save: str) -> None:
+    case = make_layer(300, 8, 16, 256, 192, strays=True, biases=True)
+    options = op_options(case, save)
+    torch.ops.comet.moe_layer(*case.tensors(), None, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.comet.moe_layer(*case.tensors(), None, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("num_tokens", [4, 500])
+def test_a_cuda_graph_replays_other_routings(num_tokens: int) -> None:
+    static = make_layer(num_tokens, 4, 16, 256, 192, biases=True)
+    assert static.weights is not None
+    options = op_options(static, "pre_activation")
+
+    def call() -> tuple[Tensor, Tensor]:
+        return torch.ops.comet.moe_layer(*static.tensors(), None, **options)[:2]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with poisoned_memory(), torch.cuda.graph(graph):
+        y, saved = call()
+
+    def fresh(seed: int) -> Case:
+        return make_layer(num_tokens, 4, 16, 256, 192, strays=seed == 1, seed=seed)
+
+    one, few = fresh(2), fresh(3)
+    one.ids.fill_(11)
+    few.ids.remainder_(3)  # experts 3 to 15 are empty
+    for case in (fresh(1), one, few, fresh(4)):
+        assert case.weights is not None
+        static.x.copy_(case.x)
+        static.ids.copy_(case.ids)
+        static.weights.copy_(case.weights)
+        graph.replay()
+        expected, expected_saved = run(static)
+        assert torch.equal(y, expected)
+        assert torch.equal(saved[: num_rows(static)], expected_saved)
+        assert y.isfinite().all()
+
+
+def test_token_rows_at_any_address() -> None:
+    case = make_layer(100, 2, 8, 256, 128)
+    expected, _ = check(case)
+    storage = torch.empty(case.x.numel() + 1, dtype=case.x.dtype, device=DEVICE)
+    shifted = storage[1:].view_as(case.x).copy_(case.x)
+    y, _ = check(dataclasses.replace(case, x=shifted))
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("name", ["w_in", "w_out"])
+def test_unaligned_weights_take_the_portable_path(name: str) -> None:
+    case = make_layer(100, 2, 8, 256, 128, k_contiguous=False)
+    weight = getattr(case, name)
+    storage = torch.empty(weight.numel() + 4, dtype=weight.dtype, device=DEVICE)
+    shifted = dataclasses.replace(case, **{name: storage[4:].view_as(weight).copy_(weight)})
+    assert "multiple of 16 bytes" in str(why_portable(shifted))
+    y, _, _ = torch.ops.comet.moe_layer(*shifted.tensors(), None, **op_options(shifted, "nothing"))
+    ref = moe_layer_ref(*case.tensors(), activation="silu_glu", weight_place="after")
+    eager, _ = portable.local_forward(routed(case), params(case), math(case), case.out_dtype)
+    assert_matches_ref(y, ref, eager)
+
+
+def test_the_switch_takes_the_portable_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_layer(100, 2, 8, 256, 128)
+    monkeypatch.setenv("COMET_PORTABLE", "1")
+    assert why_portable(case) == "COMET_PORTABLE is set"
+    y, _, _ = torch.ops.comet.moe_layer(*case.tensors(), None, **op_options(case, "nothing"))
+    eager, _ = portable.local_forward(routed(case), params(case), math(case), case.out_dtype)
+    assert torch.equal(y, eager)
