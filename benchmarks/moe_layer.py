@@ -30,7 +30,7 @@ def load_package() -> None:
 def main() -> int:
     """Run the benchmark; the exit code is 0 even where single rows failed (they say so)."""
     load_package()
-    from moe_bench.runner import run  # type: ignore[import-not-found]
+    from moe_bench.cli import run  # type: ignore[import-not-found]
 
     return run(sys.argv, __doc__ or "")
 

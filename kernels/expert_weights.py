@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from comet_compile.kernels.launch import descriptor
+
 _MAX_STRIDE_BYTES = 2**40
 
 
@@ -45,7 +47,7 @@ class WeightView:
             box = [self.pair, 1, block_n, block_k]
         else:
             box = [1, 1, block_k, block_n]
-        return TensorDescriptor(self.base, list(self.shape), list(self.strides), box)
+        return descriptor(self.base, self.shape, self.strides, box)
 
 
 def why_not(weight_LKN: Tensor) -> str | None:

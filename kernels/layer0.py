@@ -16,18 +16,19 @@ I expert intermediate dim, N columns of the in-projection.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from comet_compile.kernels import expert_weights
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.epilogue import activate
 from comet_compile.kernels.expert_weights import WeightView
 from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.launch import descriptor, full_grid, launch
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
 
@@ -63,6 +64,7 @@ def gather_gemm_act(
     tiles: GemmTiles,
     top_k: int,
     saved_SN: Tensor | None = None,
+    key: Hashable | None = None,
 ) -> Tensor:
     """Return h [R, I]; `saved_SN` is given the rows in front of the activation, unpadded.
 
@@ -80,10 +82,13 @@ def gather_gemm_act(
     columns = 2 * block_n if projection.mode == "interleaved" else block_n
     scaled = weights_TA is not None and math.weight_place != "after"
     first_bias, second_bias = bias_pointers(params, projection)
-    gather_gemm_act_kernel[(tiles.num_programs,)](
+    launch(
+        gather_gemm_act_kernel,
+        full_grid(tiles.num_programs),
+        key,
         x_TH,
         projection.view.descriptor(columns, tiles.block_k),
-        TensorDescriptor.from_tensor(h_RI, [tiles.block_m, block_n]),
+        descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, block_n)),
         routing.slot_R,
         routing.expert_M,
         routing.first_row_M,

@@ -12,13 +12,15 @@ I expert intermediate dim.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from comet_compile.kernels.expert_weights import view_weight
+from comet_compile.kernels.launch import descriptor, full_grid, launch
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
 
@@ -35,6 +37,7 @@ def gemm_rows(
     bias_LH: Tensor | None,
     routing: TileRouting,
     tiles: GemmTiles,
+    key: Hashable | None = None,
 ) -> Tensor:
     """Return [R, H], row r times the matrix of its tile's expert."""
     num_rows, inter = h_RI.shape
@@ -43,10 +46,13 @@ def gemm_rows(
     if num_rows == 0:
         return out_RH
     view = view_weight(w_LIH)
-    gemm_rows_kernel[(tiles.num_programs,)](
-        TensorDescriptor.from_tensor(h_RI, [tiles.block_m, tiles.block_k]),
+    launch(
+        gemm_rows_kernel,
+        full_grid(tiles.num_programs),
+        key,
+        descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, tiles.block_k)),
         view.descriptor(tiles.block_n, tiles.block_k),
-        TensorDescriptor.from_tensor(out_RH, [tiles.block_m, tiles.block_n]),
+        descriptor(out_RH, out_RH.shape, out_RH.stride(), (tiles.block_m, tiles.block_n)),
         routing.expert_M,
         routing.num_tiles,
         bias_LH,
@@ -71,6 +77,7 @@ def sum_slots(
     shape_TA: tuple[int, int],
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    key: Hashable | None = None,
 ) -> Tensor:
     """Return [T, H] in `out_dtype`, products made in `product_dtype`; a row of -1 adds nothing."""
     num_tokens, top_k = shape_TA
@@ -79,7 +86,10 @@ def sum_slots(
     if num_tokens == 0:
         return out_TH
     block = min(2048, triton.next_power_of_2(hidden))
-    sum_slots_kernel[(num_tokens, triton.cdiv(hidden, block))](
+    launch(
+        sum_slots_kernel,
+        full_grid(num_tokens, triton.cdiv(hidden, block)),
+        key,
         rows_RH,
         row_S,
         weights_TA,

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import register_flop_formula
 from comet_compile.kernels import paths, portable
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import LayerMath, Needs, weight_gradients
-from comet_compile.kernels.validate import Layer, check_layer
+from comet_compile.kernels.validate import Layer, check_again, check_layer
 
 # Without the tag Inductor would capture the op, since the graph itself holds no host read any more.
 _TAGS = {"": (), "_syncing": (torch.Tag.cudagraph_unsafe,)}
@@ -85,7 +85,7 @@ def _moe_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y [T, H], saved [S, N (+ I)] or [0], token)."""
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
-    math = check_layer(layer, activation, weight_place, product_dtype, form, group_name, save)
+    math = check_again(layer, activation, weight_place, product_dtype, form, group_name, save)
     routed, params = layer.routed, layer.params
     group = None
     if form != "local":
@@ -158,7 +158,7 @@ def _moe_layer_backward(
     `needs` has 8 flags in that order; what is not needed, or whose input is None, is empty [0].
     """
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
-    math = check_layer(layer, activation, weight_place, product_dtype, form, group_name)
+    math = check_again(layer, activation, weight_place, product_dtype, form, group_name)
     routed, params = layer.routed, layer.params
     wanted = _read_needs(needs)
     group = None

@@ -8,6 +8,7 @@ loads no Triton; asking for a CUDA tensor does.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from types import ModuleType
 from typing import Any
@@ -72,12 +73,55 @@ def local_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return (y [T, H] in `out_dtype`, pre-activation rows [S, ...], [0] if not saved)."""
-    if why_portable(routed, params, math) is None:
-        return _fused().local_forward(routed, params, math, out_dtype, save=save)
+    if routed.x.device.type == "cuda":
+        known = _look_up(routed, params, math, out_dtype, save)
+        if known is not None:
+            key, plan = known
+            return _fused().local_forward(
+                routed, params, math, out_dtype, save=save, plan=plan, key=key
+            )
     y, pre = portable.local_forward(routed, params, math, out_dtype)
     if not save:
         return y, y.new_empty(0, dtype=routed.x.dtype)
     return y, portable.pad_saved(pre, routed.ids.numel())
+
+
+# Decisions taken, by all that they depend on: taking one again would cost more than a small GEMM.
+_known: dict[Any, tuple[int, Any] | None] = {}
+_MAX_KNOWN = 4096
+_numbers = itertools.count()
+
+
+def _look_up(
+    routed: Routed, params: ExpertParams, math: LayerMath, out_dtype: torch.dtype, save: bool
+) -> tuple[int, Any] | None:
+    """Return (a number for calls that differ in addresses only, their plan), None if portable."""
+    first, second = params.w_in, params.w_up
+    tensors = (routed.x, routed.ids, routed.weights, first, second, params.w_out)
+    call = (
+        *map(_describe, tensors),
+        *map(_describe, (params.b_in, params.b_up, params.b_out)),
+        # which of a pair comes first in memory is a constant to the kernel
+        second is not None and second.data_ptr() > first.data_ptr(),
+        math,
+        out_dtype,
+        save,
+        os.environ.get("COMET_PORTABLE"),
+    )
+    if call not in _known:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        reason = why_portable(routed, params, math)
+        plan = None if reason is not None else _fused().plan_layer(routed, params, math)
+        _known[call] = None if plan is None else (next(_numbers), plan)
+    return _known[call]
+
+
+def _describe(tensor: Tensor | None) -> Any:
+    """Return all of a tensor that a call depends on but its address and its values."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.device.index
 
 
 def _fused() -> ModuleType:

@@ -17,11 +17,14 @@ blocks of slots, P turns, E_P experts and one bin for strays, rounded up to a po
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from comet_compile.kernels.launch import full_grid, launch
 
 _SLOTS_PER_BLOCK = 512
 
@@ -47,7 +50,9 @@ def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     return (num_slots - experts) // block_m + experts
 
 
-def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
+def route_tiles(
+    ids_TA: Tensor, num_experts: int, block_m: int, key: Hashable | None = None
+) -> TileRouting:
     """Return the tables for int32 or int64 `ids_TA` [T, A]; ids outside [0, L) get no row."""
     num_slots = ids_TA.numel()
     flat_S = ids_TA.reshape(-1)
@@ -59,10 +64,19 @@ def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
     num_blocks = triton.cdiv(num_slots, block)
     hist = routing.row_S.new_empty(num_blocks * bins)
     if num_blocks > 1:
-        count_slots_kernel[(num_blocks,)](
-            flat_S, hist, num_slots, L=num_experts, E_P=bins, BLOCK=block, num_warps=4
+        launch(
+            count_slots_kernel,
+            full_grid(num_blocks),
+            key,
+            flat_S,
+            hist,
+            num_slots,
+            L=num_experts,
+            E_P=bins,
+            BLOCK=block,
+            num_warps=4,
         )
-    place_slots(flat_S, hist, num_experts, block, routing)
+    place_slots(flat_S, hist, num_experts, block, routing, key)
     return routing
 
 
@@ -71,18 +85,12 @@ def empty_routing(
 ) -> TileRouting:
     """Return tables to be filled for any routing of that many slots."""
     num_tiles = max_tiles(num_slots, num_experts, block_m)
-
-    def table(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=device)
-
-    return TileRouting(
-        slot_R=table(num_tiles * block_m),
-        row_S=table(num_slots),
-        expert_M=table(num_tiles),
-        first_row_M=table(num_tiles),
-        num_tiles=table(1),
-        block_m=block_m,
-    )
+    # one allocation, cut where addresses stay multiples of 16 bytes
+    sizes = (num_tiles * block_m, num_slots, num_tiles, num_tiles, 1)
+    padded = [-(-size // 4) * 4 for size in sizes]
+    tables = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
+    slot_R, row_S, expert_M, first_row_M, count = tables
+    return TileRouting(slot_R, row_S[:num_slots], expert_M, first_row_M, count[:1], block_m)
 
 
 def count_bins(num_experts: int) -> int:
@@ -96,12 +104,20 @@ def slots_per_block(num_slots: int) -> int:
 
 
 def place_slots(
-    ids_S: Tensor, hist: Tensor, num_experts: int, block: int, routing: TileRouting
+    ids_S: Tensor,
+    hist: Tensor,
+    num_experts: int,
+    block: int,
+    routing: TileRouting,
+    key: Hashable | None = None,
 ) -> None:
     """Fill `routing` for `ids_S` [S] and the counts `hist` [NB, E_P] of its blocks."""
     num_slots, bins = ids_S.shape[0], count_bins(num_experts)
     num_blocks = triton.cdiv(num_slots, block)
-    place_slots_kernel[(num_blocks,)](
+    launch(
+        place_slots_kernel,
+        full_grid(num_blocks),
+        key,
         ids_S,
         hist,
         hist.new_empty(num_blocks * 4 * bins),
@@ -124,7 +140,11 @@ def place_slots(
 
 
 def order_by_turn(
-    hist: Tensor, num_experts: int, num_turns: int, routing: TileRouting
+    hist: Tensor,
+    num_experts: int,
+    num_turns: int,
+    routing: TileRouting,
+    key: Hashable | None = None,
 ) -> TileRouting:
     """Return `routing` with its tiles also in the order in which their rows arrive.
 
@@ -133,7 +153,10 @@ def order_by_turn(
     """
     bins = count_bins(num_experts)
     order_M, turn_M = torch.empty_like(routing.expert_M), torch.empty_like(routing.expert_M)
-    order_tiles_kernel[(num_turns,)](
+    launch(
+        order_tiles_kernel,
+        full_grid(num_turns),
+        key,
         hist,
         hist.new_empty(num_turns * 2 * bins),
         order_M,

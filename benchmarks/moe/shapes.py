@@ -1,4 +1,4 @@
-"""The sizes of the layers and the cases of each suite."""
+"""The names of the suites and baselines, the sizes of the layers, and the cases of each suite."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import dataclasses
 
 SUITES = ("local", "block", "model", "ep", "ep-hf")
 DISTRIBUTED = ("ep", "ep-hf")
+
+BASELINES = {
+    "eager": "the layer as written",
+    "inductor": 'torch.compile(layer, backend="inductor")',
+    "inductor-max-autotune": 'the same with mode="max-autotune-no-cudagraphs"',
+    "gemms": "torch's compute alone: two grouped GEMMs and the compiled activation",
+    "comet": 'torch.compile(layer, backend="comet")',
+    "comet-op": "comet::moe_layer called directly",
+    "comet-portable": "the same compiled code as comet, run with COMET_PORTABLE=1",
+}
+OPTIONAL = ("inductor-max-autotune",)
 
 
 @dataclasses.dataclass(frozen=True)

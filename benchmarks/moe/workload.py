@@ -14,17 +14,6 @@ from torch import Tensor
 from comet_compile import records
 from moe_bench.shapes import Case
 
-BASELINES = {
-    "eager": "the layer as written",
-    "inductor": 'torch.compile(layer, backend="inductor")',
-    "inductor-max-autotune": 'the same with mode="max-autotune-no-cudagraphs"',
-    "gemms": "torch's compute alone: two grouped GEMMs and the compiled activation",
-    "comet": 'torch.compile(layer, backend="comet")',
-    "comet-op": "comet::moe_layer called directly",
-    "comet-portable": "the same compiled code as comet, run with COMET_PORTABLE=1",
-}
-OPTIONAL = ("inductor-max-autotune",)
-
 
 @dataclasses.dataclass
 class Workload:
