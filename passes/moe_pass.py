@@ -11,11 +11,8 @@ Each step can only turn the region into a refusal with a reason.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import itertools
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -36,14 +33,15 @@ from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.portable import Routed
 from comet_compile.passes import expert_gemms, find, pictures
 from comet_compile.passes.backward import Gradients, Matches, find_gradients
-from comet_compile.passes.graph_view import backward_nodes, concrete, numel, source_line, val
+from comet_compile.passes.describe import describe, estimate, summary
+from comet_compile.passes.graph_view import backward_nodes, source_line, val
+from comet_compile.passes.identity import group_facts, group_size, source_digest
 from comet_compile.passes.memo import region_key, roles_of
 from comet_compile.passes.prove import Layer, prove, weighting
 from comet_compile.passes.ranges import are_distinct, interval
-from comet_compile.passes.reasons import Rejection, RejectReason
+from comet_compile.passes.reasons import Rejection, RejectReason, more_telling
 from comet_compile.passes.region import Candidate, ExpertPair
 from comet_compile.passes.rewrite import Rewritten, blocked, finish, replace
-from comet_compile.passes.samples import size_choices
 
 log = logging.getLogger(__name__)
 
@@ -57,36 +55,6 @@ _MAX_BACKWARD_TRIES = 4
 
 class RegionRefused(CometError):
     """A region was refused while `comet.strict` asks for every region to be replaced."""
-
-
-def group_size(name: Any) -> int | None:
-    """The number of ranks of a process group, None if this process has no such group."""
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    try:
-        return int(_resolve_process_group(name).size())
-    except (RuntimeError, ValueError, TypeError, KeyError, LookupError):
-        return None
-
-
-@functools.cache
-def source_digest() -> str:
-    """Hash of every source file that the compiled result depends on."""
-    here = pathlib.Path(__file__).resolve().parent
-    # installed, `kernels` is a sibling of `passes` in both layouts
-    import comet_compile.kernels as kernels
-
-    roots = (here, pathlib.Path(kernels.__file__ or "").resolve().parent)
-    digest = hashlib.sha256()
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 class MoePass(CustomGraphPass):
@@ -110,7 +78,7 @@ class MoePass(CustomGraphPass):
             torch.__version__,
             source_digest(),
             self.config.fingerprint(),
-            _group_facts(),
+            group_facts(),
         )
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -119,18 +87,6 @@ class MoePass(CustomGraphPass):
         # fake tensors and functionalisation are on while Inductor calls passes; proofs run for real
         with _disable_current_modes():
             _Session(self.config, graph, self.sink).run()
-
-
-def _group_facts() -> tuple[tuple[str, int], ...]:
-    """Names and sizes of the process groups: group names are constants of a graph, and its proof
-    holds for the size that the group had."""
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized():
-        return ()
-    from torch.distributed.distributed_c10d import _world
-
-    return tuple(sorted((str(name), pg.size()) for pg, name in _world.pg_names.items()))
 
 
 @dataclasses.dataclass
@@ -184,9 +140,9 @@ class _Session:
         layer, gradients = outcome
         before = self._picture(layer) if self.is_recording else None
         where = source_line(pair.out.node) or source_line(layer.candidate.y)
-        estimate = _estimate(layer)
+        work = estimate(layer)
         rewritten = replace(layer, gradients, self._save(layer), self.graph)
-        path = _choose_path(layer, rewritten, estimate["rows"])
+        path = _choose_path(layer, rewritten, work["rows"])
         rewritten.mark_syncing(path.reads_host, path.backward_reads_host)
         self.rewritten.append(rewritten)
         after = pictures.around_op(rewritten.forward) if self.is_recording else None
@@ -196,10 +152,10 @@ class _Session:
             status="fused" if path.is_fused else "portable",
             family=layer.form.name,
             reason=None,
-            detail=_describe(layer),
+            detail=describe(layer),
             where=where,
             plan={**path.plan, "save": rewritten.forward.kwargs["save"]},
-            estimate=estimate,
+            estimate=work,
             backward="none" if gradients is None else "portable",
             before=before,
             after=after,
@@ -216,7 +172,7 @@ class _Session:
             layer = self._prove_forward(candidate)
             if isinstance(layer, Rejection):
                 log.debug("comet: %s refused: %s", candidate, layer)
-                refusal = _more_telling(refusal, layer)
+                refusal = more_telling(refusal, layer)
                 continue
             gradients = None
             if backward:
@@ -225,7 +181,7 @@ class _Session:
                 return Rejection(RejectReason.BACKWARD_DISABLED, f"{candidate.y.name} is trained")
             if isinstance(gradients, Rejection):
                 log.debug("comet: %s refused: %s", candidate, gradients)
-                refusal = _more_telling(refusal, gradients)
+                refusal = more_telling(refusal, gradients)
                 failed_backward += 1
                 if failed_backward == _MAX_BACKWARD_TRIES:
                     break
@@ -233,7 +189,7 @@ class _Session:
             stuck = blocked(layer, gradients, backward)
             if stuck is not None:
                 log.debug("comet: %s refused: %s", candidate, stuck)
-                refusal = _more_telling(refusal, stuck)
+                refusal = more_telling(refusal, stuck)
                 continue
             return layer, gradients
         assert refusal is not None
@@ -298,7 +254,7 @@ class _Session:
             if region.backward != "none":
                 comet[f"regions_backward_{region.backward}"] += 1
         if _is_first_rank():
-            log.info("%s", _summary(regions))
+            log.info("%s", summary(regions))
 
     def _publish(
         self,
@@ -337,44 +293,6 @@ def _raise_refused(regions: list[records.RegionRecord]) -> None:
         )
 
 
-# reasons of wider or narrower cuts that failed say less than these
-_TELLING = (
-    RejectReason.VALUE_USED_ELSEWHERE,
-    RejectReason.BACKWARD_NOT_PROVEN,
-    RejectReason.OUT_OF_RANGE_IDS,
-    RejectReason.UNKNOWN_ACTIVATION,
-    RejectReason.UNKNOWN_GROUP,
-    RejectReason.MIXED_GROUPS,
-    RejectReason.UNSUPPORTED_DTYPE,
-    RejectReason.UNSUPPORTED_LAYOUT,
-    RejectReason.TOO_LARGE,
-    RejectReason.DYNAMIC_SPLITS,
-    RejectReason.UNSUPPORTED_OP,
-)
-
-
-def _more_telling(first: Rejection | None, second: Rejection) -> Rejection:
-    """Of two refusals of the same layer, the one that got further."""
-    if first is None:
-        return second
-
-    def rank(rejection: Rejection) -> int:
-        known = rejection.reason in _TELLING
-        return _TELLING.index(rejection.reason) if known else len(_TELLING)
-
-    return min(first, second, key=rank)
-
-
-def _describe(layer: Layer) -> str:
-    pair = layer.candidate.pair
-    experts = pair.out.num_experts
-    total = experts * layer.form.world.size if layer.form.name != "local" else experts
-    return (
-        f"{total} experts, top-{layer.candidate.top_k}, hidden {pair.ins[0].in_features}, "
-        f"intermediate {pair.out.in_features}, {layer.activation}, weights {layer.weight_place}"
-    )
-
-
 def _choose_path(layer: Layer, rewritten: Rewritten, rows: int) -> paths.Choice:
     """How the new op will run, from the fake tensors that it is given."""
     tensors = [None if n is None else val(n) for n in rewritten.forward.args[:9]]
@@ -382,36 +300,6 @@ def _choose_path(layer: Layer, rewritten: Rewritten, rows: int) -> paths.Choice:
     return paths.choose_path(
         layer.form.name, Routed(*tensors[:3]), ExpertParams(*tensors[3:]), math, rows=rows
     )
-
-
-def _estimate(layer: Layer) -> dict[str, Any]:
-    """Work of one forward call at the traced size: slots, FLOPs, bytes sent to other ranks."""
-    candidate, pair = layer.candidate, layer.candidate.pair
-    sizes = size_choices(candidate.nodes)[0]
-    rows = concrete(numel(val(candidate.x).shape[:-1]), sizes) * candidate.top_k
-    columns = sum(gemm.out_features for gemm in pair.ins) + pair.out.in_features
-    hidden, ranks = pair.ins[0].in_features, layer.form.world.size
-    itemsize = val(candidate.x).dtype.itemsize
-    sent = 0
-    if layer.form.name == "all_to_all":
-        sent = 2 * rows * hidden * itemsize * (ranks - 1) // ranks
-    elif layer.form.name == "replicated":
-        sent = 2 * (rows // candidate.top_k) * hidden * itemsize * (ranks - 1) // ranks
-    return {"rows": rows, "flops": 2 * rows * hidden * columns, "bytes_sent": sent}
-
-
-def _summary(regions: list[records.RegionRecord]) -> str:
-    total = len(regions)
-    fused = sum(r.status == "fused" for r in regions)
-    portable = sum(r.status == "portable" for r in regions)
-    verb = f"fused {fused}" if not portable else f"rewrote {fused + portable}"
-    notes = [f"{portable} portable"] if portable else []
-    reasons = sorted({r.reason for r in regions if r.reason})
-    if reasons:
-        count = sum(r.status == "rejected" for r in regions)
-        notes.append(f"{count} rejected: {', '.join(reasons)}")
-    suffix = f" ({'; '.join(notes)})" if notes else ""
-    return f"comet: {verb} of {total} MoE regions{suffix}"
 
 
 def _is_first_rank() -> bool:

@@ -132,3 +132,31 @@ class Rejection:
 
     reason: RejectReason
     detail: str
+
+
+# reasons of wider or narrower cuts that failed say less than these
+_TELLING = (
+    RejectReason.VALUE_USED_ELSEWHERE,
+    RejectReason.BACKWARD_NOT_PROVEN,
+    RejectReason.OUT_OF_RANGE_IDS,
+    RejectReason.UNKNOWN_ACTIVATION,
+    RejectReason.UNKNOWN_GROUP,
+    RejectReason.MIXED_GROUPS,
+    RejectReason.UNSUPPORTED_DTYPE,
+    RejectReason.UNSUPPORTED_LAYOUT,
+    RejectReason.TOO_LARGE,
+    RejectReason.DYNAMIC_SPLITS,
+    RejectReason.UNSUPPORTED_OP,
+)
+
+
+def more_telling(first: Rejection | None, second: Rejection) -> Rejection:
+    """Of two refusals of the same layer, the one that got further."""
+    if first is None:
+        return second
+
+    def rank(rejection: Rejection) -> int:
+        known = rejection.reason in _TELLING
+        return _TELLING.index(rejection.reason) if known else len(_TELLING)
+
+    return min(first, second, key=rank)

@@ -16,14 +16,14 @@ Steps
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from comet_compile.passes.backward import GRADIENT_NAMES, Gradients
+from comet_compile.passes.emit import Emitter, getter, getters, refresh_values, same_shape
 from comet_compile.passes.graph_view import (
     ancestors,
     descendants,
@@ -44,16 +44,6 @@ c10d = torch.ops._c10d_functional
 
 # the place of the token among the arguments of comet::moe_layer and of its backward
 _TOKEN_OF_FORWARD, _TOKEN_OF_BACKWARD = 9, 11
-
-# what a new node inherits from the node whose place it takes
-_INHERITED = (
-    "stack_trace",
-    "nn_module_stack",
-    "seq_nr",
-    "partitioner_tag",
-    "custom",
-    "ac_graph_id",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +113,7 @@ def replace(layer: Layer, gradients: Gradients | None, save: str, graph: fx.Grap
     region = set(layer.candidate.nodes) - set(layer.candidate.inputs)
     region |= descendants(region) & _waits(graph)
     forward, arguments = _emit_forward(layer, save if gradients else "nothing")
-    y, saved = _getters(forward, 2)
+    y, saved = getters(forward, 2)
     backward = None
     if gradients is not None:
         backward = _emit_backward(layer, gradients, arguments, saved)
@@ -149,7 +139,7 @@ def finish(graph: fx.Graph, rewritten: Iterable[Rewritten]) -> None:
         key = (node.target, group)
         if key in last:
             previous = last[key]
-            token = _getter(previous, len(val(previous)) - 1, previous)
+            token = getter(previous, len(val(previous)) - 1, previous)
             # recomputing one layer must not recompute the layers in front of it
             token.meta.pop("recompute", None)
             node.update_arg(ops[node], token)
@@ -172,43 +162,9 @@ def _backward_region(gradients: Gradients | None) -> set[fx.Node]:
 # -- forward ----------------------------------------------------------------------------------
 
 
-class _Emitter:
-    """Inserts nodes with their fake values at one place of the graph."""
-
-    def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node) -> None:
-        self.graph, self.before, self.like = graph, before, like
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        set_value(node)
-        inherit(node, self.like)
-        return node
-
-    def view(self, node: fx.Node, shape: list[Any]) -> fx.Node:
-        if not val(node).is_contiguous():
-            node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-        return self.call(aten.view.default, node, shape)
-
-
-def inherit(node: fx.Node, source: fx.Node) -> None:
-    """Copy the book-keeping of `source`, so that partitioner and debuggers see its successor."""
-    for key in (*_INHERITED, "recompute"):
-        if key in source.meta:
-            node.meta[key] = source.meta[key]
-
-
-def set_value(node: fx.Node) -> None:
-    """Run the node on the fake values of its arguments, under their fake mode."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), val)
-    mode = next(v.fake_mode for n in node.all_input_nodes if hasattr(v := val(n), "fake_mode"))
-    with mode:
-        node.meta["val"] = node.target(*args, **kwargs)
-
-
 def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
     candidate, pair = layer.candidate, layer.candidate.pair
-    emit = _Emitter(candidate.y.graph, candidate.y, candidate.y)
+    emit = Emitter(candidate.y.graph, candidate.y, candidate.y)
     x = candidate.x
     if val(x).ndim != 2:
         x = emit.view(x, [-1, pair.ins[0].in_features])
@@ -248,40 +204,24 @@ def _options(layer: Layer) -> dict[str, Any]:
     }
 
 
-def _matrix(emit: _Emitter, node: fx.Node, shape: list[Any]) -> fx.Node:
+def _matrix(emit: Emitter, node: fx.Node, shape: list[Any]) -> fx.Node:
     current = val(node).shape
     if len(current) == 2 and current[1] == shape[1]:
         return node
     return emit.view(node, shape)
 
 
-def _logical(emit: _Emitter, gemm: ExpertGemm) -> fx.Node:
+def _logical(emit: Emitter, gemm: ExpertGemm) -> fx.Node:
     """The stack as [L, K, N]; the memory stays where it is."""
     if not gemm.transposed:
         return gemm.stack
     return emit.call(aten.permute.default, gemm.stack, [0, 2, 1])
 
 
-def _getters(node: fx.Node, count: int) -> list[fx.Node]:
-    getters: list[fx.Node] = []
-    for index in range(count):
-        getters.append(_getter(node, index, getters[-1] if getters else node))
-    return getters
-
-
-def _getter(node: fx.Node, index: int, after: fx.Node) -> fx.Node:
-    """One output of `node`, placed behind `after`."""
-    with node.graph.inserting_after(after):
-        getter = node.graph.call_function(operator.getitem, (node, index))
-    getter.meta["val"] = val(node)[index]
-    inherit(getter, node)
-    return getter
-
-
 def _substitute_output(layer: Layer, new: fx.Node) -> None:
     y = layer.candidate.y
     if val(y).ndim != 2:
-        emit = _Emitter(y.graph, y, y)
+        emit = Emitter(y.graph, y, y)
         x_dims = len(val(layer.candidate.x).shape)
         lead = [
             size if isinstance(size, int) else emit.call(aten.sym_size.int, layer.candidate.x, dim)
@@ -291,7 +231,7 @@ def _substitute_output(layer: Layer, new: fx.Node) -> None:
         new = emit.view(new, [*lead, val(y).shape[-1]])
     old_shape, new_shape = val(y).shape, val(new).shape
     y.replace_all_uses_with(new)
-    if not _same_shape(old_shape, new_shape):
+    if not same_shape(old_shape, new_shape):
         refresh_values(new)
         _retire_sizes(y.graph, old_shape, new_shape)
 
@@ -310,27 +250,10 @@ def _retire_sizes(graph: fx.Graph, old_shape: Sequence[Any], new_shape: Sequence
         if not isinstance(old, torch.Tensor):
             continue
         shape = [sizes.get(str(expression(size)), size) for size in old.shape]
-        if not _same_shape(shape, old.shape) and old.is_contiguous():
+        if not same_shape(shape, old.shape) and old.is_contiguous():
             with old.fake_mode:  # type: ignore[attr-defined]
                 node.meta["val"] = old.new_empty(shape)
             refresh_values(node)
-
-
-def _same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
-    return all(str(m) == str(n) for m, n in zip(a, b, strict=True))
-
-
-def refresh_values(root: fx.Node) -> None:
-    """Recompute the fake values that follow from `root`: sizes known on the host only are gone."""
-    changed = {root}
-    node = root.next
-    while node.op != "output":
-        if node.op == "call_function" and changed & set(node.all_input_nodes):
-            old = val(node)
-            set_value(node)
-            if str(old) != str(val(node)):
-                changed.add(node)
-        node = node.next
 
 
 # -- backward ---------------------------------------------------------------------------------
@@ -342,7 +265,7 @@ def _emit_backward(
     graph = layer.candidate.y.graph
     held = {n for nodes in gradients.nodes.values() for n in nodes}
     first = next(n for n in graph.nodes if n in held)
-    emit = _Emitter(graph, first, first)
+    emit = Emitter(graph, first, first)
     grad_y = gradients.grad_y
     if val(grad_y).ndim != 2:
         grad_y = emit.view(grad_y, [-1, val(grad_y).shape[-1]])
@@ -358,16 +281,16 @@ def _emit_backward(
     # the op belongs to the backward even where the first gradient's own tag is missing
     node.meta["partitioner_tag"] = "is_backward"
     node.meta.pop("recompute", None)
-    getters = _getters(node, len(GRADIENT_NAMES))
+    outputs = getters(node, len(GRADIENT_NAMES))
     for name, nodes in gradients.nodes.items():
-        gradient = getters[GRADIENT_NAMES.index(name)]
+        gradient = outputs[GRADIENT_NAMES.index(name)]
         for old in nodes:
             _substitute_gradient(old, gradient, gradients.flipped)
     return node
 
 
 def _substitute_gradient(old: fx.Node, gradient: fx.Node, flipped: frozenset[fx.Node]) -> None:
-    emit = _Emitter(old.graph, old, old)
+    emit = Emitter(old.graph, old, old)
     new = gradient
     if old in flipped:
         new = emit.call(aten.permute.default, new, [0, 2, 1])
