@@ -13,6 +13,11 @@ Every model is trained three times from the same seed: eager, compiled, and eage
 error of a value is its distance from the float32 value, relative to it in norm. The compiled model
 may have at most twice the error that eager has, and one rounding to bfloat16 more.
 
+A router near a tie chooses by rounding, and one other expert changes gradients by far more than
+rounding does. So outputs and gradients are held against a float32 model that is made to choose
+what the run chose, and the choices are checked for themselves: their error is the float32 score
+that they give up.
+
 Names end in their dimensions: B sequences of C characters, T = B * C tokens, A experts per token,
 S = T * A slots, R rows received, E experts, L of them local, P processes, H features, I of an
 expert's inner ones, N = 2 * I columns of gate and up together.
@@ -31,18 +36,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.nn import functional as F
-from transformers import (
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from torch.overrides import TorchFunctionMode
 
 import comet_compile
 
@@ -51,47 +51,46 @@ VOCABULARY = 128  # the text is ASCII: one token per byte
 HIDDEN, INNER, NUM_LAYERS, NUM_EXPERTS, TOP_K = 64, 32, 2, 8, 2
 SEQUENCES, CHARACTERS = 4, 64
 BF16_ROUNDING = 2.0**-8
-# Inductor then rounds where eager rounds. Without it a router that is near a tie may pick another
-# expert than in eager, under any backend, and the comparison would show that instead.
-OPTIONS = {"emulate_precision_casts": True}
 SHARDS = ("w_in_LHN", "w_out_LIH")
+OUTPUTS, CHOICES, LOSSES = "outputs", "choices of experts", "losses of all steps"
 
 
-def qwen3_moe() -> PreTrainedModel:
+OF_BOTH = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_experts": NUM_EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "use_cache": False,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def qwen3_moe() -> transformers.PreTrainedModel:
     """Return a small Qwen3-MoE, experts as Hugging Face runs them by default (grouped_mm)."""
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        moe_intermediate_size=INNER,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=TOP_K,
-        use_cache=False,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return Qwen3MoeForCausalLM(config)
+    inner = {"moe_intermediate_size": INNER, "num_key_value_heads": 2, "head_dim": 16}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**OF_BOTH, **inner))
 
 
-def olmoe() -> PreTrainedModel:
+def olmoe() -> transformers.PreTrainedModel:
     """Return a small OLMoE."""
-    config = OlmoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=TOP_K,
-        use_cache=False,
-        eos_token_id=None,
-        pad_token_id=None,
+    return transformers.OlmoeForCausalLM(
+        transformers.OlmoeConfig(**OF_BOTH, intermediate_size=INNER, num_key_value_heads=4)
     )
-    return OlmoeForCausalLM(config)
+
+
+class Router(nn.Module):
+    """Chooses A experts per token, and their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(HIDDEN, NUM_EXPERTS, bias=False)
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        weights_TA, ids_TA = self.scores(x_TH).float().softmax(-1).topk(TOP_K)
+        return weights_TA / weights_TA.sum(-1, keepdim=True), ids_TA
 
 
 class ExpertParallelMoE(nn.Module):
@@ -102,15 +101,14 @@ class ExpertParallelMoE(nn.Module):
         self.group = dist.group.WORLD
         self.num_ranks = dist.get_world_size()
         self.num_local = NUM_EXPERTS // self.num_ranks
-        self.router = nn.Linear(HIDDEN, NUM_EXPERTS, bias=False)
+        self.gate = Router()
         own = slice(dist.get_rank() * self.num_local, (dist.get_rank() + 1) * self.num_local)
         # every rank draws all experts and keeps its own: the model is the same for any P
         self.w_in_LHN = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN, 2 * INNER)[own] * 0.1)
         self.w_out_LIH = nn.Parameter(torch.randn(NUM_EXPERTS, INNER, HIDDEN)[own] * 0.1)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        weights_TA, ids_TA = self.router(x_TH).float().softmax(-1).topk(TOP_K)
-        weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
+        weights_TA, ids_TA = self.gate(x_TH)
         ids_S = ids_TA.view(-1)
 
         # dispatch: one row per slot, sorted by expert and hence by the process that has it
@@ -169,11 +167,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclasses.dataclass
 class Run:
-    """What one training run gave: values of the first step, and the loss of every step."""
+    """What one training run gave: values of the first step by name, and the loss of every step."""
 
-    outputs: Tensor
-    gradients: dict[str, Tensor]
-    losses: list[float]
+    values: dict[str, Tensor]
+    choices: list[Tensor]  # of experts in the first step, ids [T, A] of each layer
+    exact: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # `values` in float32
 
 
 def make_model(
@@ -199,12 +197,44 @@ def average(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
+def record_choices(model: nn.Module) -> list[Tensor]:
+    """Return a list to which every router of `model` will add the ids [T, A] that it chose."""
+    choices: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_hook(lambda _router, _x, found: choices.append(found[-1]))
+    return choices
+
+
+class Choosing(TorchFunctionMode):
+    """Makes every router choose what another run chose, layer by layer."""
+
+    def __init__(self, choices: list[Tensor]) -> None:
+        super().__init__()
+        self.choices = iter(choices)
+        self.best: list[Tensor] = []  # sum of each token's best scores [T], per layer
+        self.chosen: list[Tensor] = []  # and of those that were chosen instead
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function not in (torch.topk, Tensor.topk):
+            return result
+        ids_TA = next(self.choices)
+        scores_TA = args[0].gather(-1, ids_TA)
+        self.best.append(result[0].detach().sum(-1))
+        self.chosen.append(scores_TA.detach().sum(-1))
+        return scores_TA, ids_TA
+
+
 def train(model: nn.Module, batches: list[Tensor], compiled: bool = False) -> Run:
     """Train `model` on `batches`, data-parallel over the processes."""
-    step = torch.compile(model, backend="comet", options=OPTIONS) if compiled else model
+    step = torch.compile(model, backend="comet") if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    run: Run | None = None
+    recorded = record_choices(model)
+    values: dict[str, Tensor] = {}
+    losses: list[float] = []
     for tokens_BC in batches:
+        recorded.clear()  # before each step: Dynamo compiles for the length that the list has
         result = step(tokens_BC)
         logits = getattr(result, "logits", result).float()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BC[:, 1:].flatten())
@@ -215,13 +245,25 @@ def train(model: nn.Module, batches: list[Tensor], compiled: bool = False) -> Ru
                 parameter.grad /= dist.get_world_size()
             else:
                 parameter.grad = average(parameter.grad)
-        if run is None:
-            gradients = {name: p.grad.float() for name, p in model.named_parameters()}
-            run = Run(logits.detach(), gradients, [])
-        run.losses.append(average(loss.detach()).item())
+        if not losses:
+            values = {name: p.grad.float() for name, p in model.named_parameters()}
+            values[OUTPUTS] = logits.detach()
+            choices = list(recorded)
+        losses.append(average(loss.detach()).item())
         optimizer.step()
-    assert run is not None
-    return run
+    return Run({**values, LOSSES: torch.tensor(losses)}, choices)
+
+
+def add_exact(run: Run, model: nn.Module, batches: list[Tensor], exact: Run) -> None:
+    """Add what `run` should have found: the values of `model`, in float32, with its choices.
+
+    Of the choices, the value is the float32 scores [T] of each token's experts, and exact are the
+    best ones. Losses are those of `exact`, a float32 run with choices of its own.
+    """
+    with Choosing(run.choices) as router:
+        twin = train(model, batches[:1])
+    run.values[CHOICES] = torch.cat(router.chosen)
+    run.exact = {**twin.values, CHOICES: torch.cat(router.best), LOSSES: exact.values[LOSSES]}
 
 
 @dataclasses.dataclass
@@ -242,37 +284,39 @@ class Check:
         return self.comet_error <= self.bound  # False also for NaN
 
 
-def check(quantity: str, comet: Tensor, eager: Tensor, exact: Tensor) -> Check:
-    size = exact.norm()
-    return Check(
-        quantity,
-        (comet - eager).abs().max().item(),
-        ((eager - exact).norm() / size).item(),
-        ((comet - exact).norm() / size).item(),
-    )
+def check(name: str, comet: Run, eager: Run) -> Check:
+    errors = [
+        ((run.values[name] - run.exact[name]).norm() / run.exact[name].norm()).item()
+        for run in (eager, comet)
+    ]
+    return Check(name, (comet.values[name] - eager.values[name]).abs().max().item(), *errors)
 
 
-def compare(comet: Run, eager: Run, exact: Run) -> list[Check]:
-    """Return the checks of the first step and of the losses of all steps."""
-    gradients = [
-        check(f"gradient of {name}", comet.gradients[name], eager.gradients[name], gradient)
-        for name, gradient in exact.gradients.items()
-    ]
-    worst = max(gradients, key=lambda c: c.comet_error / c.bound)
-    losses = (torch.tensor(run.losses) for run in (comet, eager, exact))
-    return [
-        check("outputs", comet.outputs, eager.outputs, exact.outputs),
-        dataclasses.replace(worst, quantity=f"gradients (worst of {len(gradients)})"),
-        check(f"losses of {len(comet.losses)} steps", *losses),
-    ]
+def compare(comet: Run, eager: Run) -> list[Check]:
+    """Return the checks of choices, outputs, the worst gradient, and losses."""
+    checks = {name: check(name, comet, eager) for name in comet.exact}
+    named = {name: checks.pop(name) for name in (CHOICES, OUTPUTS, LOSSES)}
+    worst = max(checks.values(), key=lambda c: c.comet_error / c.bound)
+    gradients = dataclasses.replace(worst, quantity=f"gradients (worst of {len(checks)})")
+    return [named[CHOICES], named[OUTPUTS], gradients, named[LOSSES]]
+
+
+def count_other_choices(run: Run, other: Run) -> str:
+    """Return for how many tokens, over all layers and processes, other experts were chosen."""
+    ids, other_ids = (torch.cat(r.choices).sort().values for r in (run, other))
+    differ = (ids != other_ids).any(-1)
+    counts = torch.stack([differ.sum(), (~differ).sum()])
+    dist.all_reduce(counts)
+    return f"{counts[0]} of {counts.sum()}"
 
 
 def show(console: Console, comet: Run, eager: Run, checks: list[list[Check]]) -> None:
     """Print the losses and, per quantity, the check of the process that is nearest its bound."""
-    shown = range(0, len(eager.losses), -(-len(eager.losses) // 10))
+    num_steps = len(eager.values[LOSSES])
+    shown = range(0, num_steps, -(-num_steps // 10))
     table = Table("loss at step", *(str(step) for step in shown))
     for label, run in (("eager", eager), ("comet", comet)):
-        table.add_row(label, *(f"{run.losses[step]:.4f}" for step in shown))
+        table.add_row(label, *(f"{run.values[LOSSES][step]:.4f}" for step in shown))
     console.print(table)
     table = Table("", "max |comet - eager|", "error of eager", "error of comet", "bound", "")
     for of_all_ranks in zip(*checks, strict=True):
@@ -293,10 +337,16 @@ def run_model(
     eager = train(make_model(build, torch.bfloat16, device), batches)
     comet = train(make_model(build, torch.bfloat16, device), batches, compiled=True)
 
+    for run in (eager, comet):
+        add_exact(run, make_model(build, torch.float32, device), batches, exact)
+
     checks: list[list[Check]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(checks, compare(comet, eager, exact))
+    dist.all_gather_object(checks, compare(comet, eager))
+    from_eager, from_float32 = count_other_choices(comet, eager), count_other_choices(eager, exact)
     console.rule(name)
     show(console, comet, eager, checks)
+    console.print(f"tokens with other experts: {from_eager}, comet from eager; ", end="")
+    console.print(f"{from_float32}, eager from float32\n")
     report = comet_compile.explain(make_model(build, torch.bfloat16, device), batches[0])
     console.print(str(report), markup=False, soft_wrap=True)
     rewritten = sum(region.status != "rejected" for region in report.regions)
@@ -317,13 +367,8 @@ def worker(rank: int, args: argparse.Namespace, world_size: int, port: int) -> N
     # about a cached function inside transformers, said once per process by any backend
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        device_id=device if on_gpu else None,
-    )
+    backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
     try:
         results = [
             run_model(name, build, args.steps, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,4 +25,8 @@ def test_quickstart_rewrites_every_model_within_its_bounds(tmp_path: Path) -> No
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every bound holds" in result.stdout
     assert "BROKEN" not in result.stdout
+    # rounding decides near ties: some tokens go elsewhere, where another router moves nearly all
+    counts = re.findall(r"(\d+) of (\d+), comet from eager", result.stdout)
+    assert len(counts) == 3
+    assert all(int(differ) <= 0.05 * int(tokens) for differ, tokens in counts), counts
     assert list((tmp_path / "comet_dump").rglob("*")), "no graph was written"
