@@ -37,6 +37,15 @@ BASELINES = (
     "comet-op",
     "comet-portable",
 )
+COLORS = {
+    "eager": "lightgrey",
+    "inductor": "tab:orange",
+    "inductor-max-autotune": "navajowhite",
+    "gemms": "darkgrey",
+    "comet": "tab:blue",
+    "comet-op": "lightsteelblue",
+    "comet-portable": "tab:cyan",
+}
 INTRODUCTION = """\
 # Results
 
@@ -120,11 +129,13 @@ def judge(target: dict[str, Any], results: Results) -> tuple[float | None, str]:
     must, aim = (
         target[name] / value if metric == "ms" else value / target[name] for name in ("must", "aim")
     )
+    # what comet left as it was is not comet's merit
+    path = "" if row["path"] == "fused" else f" ({row['path']})"
     if aim >= 1:
-        return value, "aim met"
+        return value, f"aim met{path}"
     if must >= 1:
-        return value, f"must met, {aim:.2f} of aim"
-    return value, f"**short: {must:.2f} of must**"
+        return value, f"must met, {aim:.2f} of aim{path}"
+    return value, f"**short: {must:.2f} of must**{path}"
 
 
 def render_page(results: Results, targets: list[dict[str, Any]]) -> str:
@@ -224,7 +235,11 @@ def _error(row: Row) -> str:
 
 
 def _peak(row: Row) -> str:
-    return "-" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib'] / 1024:.2f}"
+    if row["peak_extra_mib"] is None:
+        return "-"
+    symmetric = row["symmetric_mib"] or 0.0
+    more = f" + {symmetric / 1024:.2f} symmetric" if symmetric else ""
+    return f"{row['peak_extra_mib'] / 1024:.2f}{more}"
 
 
 def _regions(row: Row | None) -> str:
@@ -302,20 +317,23 @@ def draw_plot(suite: str, results: Results, targets: list[dict[str, Any]], path:
     from matplotlib import pyplot as plt
 
     keys = [key for key in results.keys(suite) if results.milliseconds(key, "inductor")]
-    present = [b for b in BASELINES if any(results.speedup(key, b) for key in keys)]
+    # inductor is the line at 1
+    others = [b for b in BASELINES if b != "inductor"]
+    present = [b for b in others if any(results.speedup(key, b) for key in keys)]
     wanted = {(target["case"], target["mode"]): target for target in targets}
     height = 0.8 / max(1, len(present))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(keys) * (len(present) + 1)))
     for number, baseline in enumerate(present):
         places = [row + (number - len(present) / 2 + 0.5) * height for row in range(len(keys))]
         speeds = [results.speedup(key, baseline) or 0.0 for key in keys]
-        bars = axes.barh(places, speeds, height, label=baseline)
-        axes.bar_label(bars, [f"{speed:.2f}" if speed else "" for speed in speeds], padding=2)
+        bars = axes.barh(places, speeds, height, label=baseline, color=COLORS[baseline])
+        axes.bar_label(bars, [f"{speed:.2f}" if speed else "" for speed in speeds], padding=3)
     for row, key in enumerate(keys):
         for name, style in (("must", "-"), ("aim", ":")):
             if (speed := _target_speed(wanted.get(key), name, key, results)) is not None:
                 axes.vlines(speed, row - 0.45, row + 0.45, colors="black", linestyles=style)
-    axes.axvline(1.0, color="grey", linewidth=0.8)
+    axes.axvline(1.0, color="tab:orange", linewidth=1.0)
+    axes.margins(x=0.08, y=0.02)
     axes.set_yticks(range(len(keys)), [f"{case.partition('/')[2]} {mode}" for case, mode in keys])
     axes.invert_yaxis()
     devices = sorted(
@@ -324,7 +342,9 @@ def draw_plot(suite: str, results: Results, targets: list[dict[str, Any]], path:
             for d in (results.sources[results.file_of[key]]["device"] for key in keys)
         }
     )
-    axes.set_xlabel("times faster than inductor in the same run; black: must (solid), aim (dotted)")
+    axes.set_xlabel(
+        "speed over inductor (the line at 1) in the same run; black: must (solid), aim (dotted)"
+    )
     axes.set_title(f"{SUITES[suite]}: {', '.join(devices)}")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})

@@ -90,6 +90,7 @@ def row(case: str, baseline: str, median: float | None, **more: Any) -> dict[str
         "tf": None if median is None else 100.0 / median,
         "backward_tf": None,
         "peak_extra_mib": 512.0,
+        "symmetric_mib": 1024.0 if baseline == "comet" else None,
         "errors": {"y": 0.004},
         "regions": [{"status": "fused", "reason": None}] if baseline == "comet" else [],
         "path": "fused" if baseline == "comet" else None,
@@ -152,12 +153,19 @@ def test_page_shows_losses_like_wins(report: ModuleType) -> None:
     assert [line for line in lines if line.startswith(f"| {SMALL} | forward |")] == [
         f"| {SMALL} | forward | ms |  | 1 | 2 | 1 | 0.5 | **short: 0.50 of must** |",
         f"| {SMALL} | forward | 1.000 | failed | 2.000 | 0.5 |  |",
-        f"| {SMALL} | forward | 50 / 100 / - | 0.00400 / 0.00400 / - | 0.50 / 0.50 / - "
+        f"| {SMALL} | forward | 50 / 100 / - | 0.00400 / 0.00400 / - "
+        "| 0.50 + 1.00 symmetric / 0.50 / - "
         "| 1 fused; ran fused |",
     ]
     assert f"| {LARGE} | forward | TF |  | 50 | 100 | 90 | 100 | aim met |" in lines
     assert f"- {SMALL} forward, gemms: RuntimeError: no | such thing" in lines
     assert any(line.startswith("| ep/olmoe/8192 |") and "not run" in line for line in lines)
+
+
+def test_page_says_when_the_layer_was_left_as_it_was(report: ModuleType) -> None:
+    rows = [row(LARGE, "inductor", 1.0), row(LARGE, "comet", 1.0, path="not rewritten")]
+    results = report.Results({"new.json": document("2026-01-02 10:00 UTC", rows)})
+    assert report.judge(TARGETS[0], results) == (100.0, "aim met (not rewritten)")
 
 
 def test_page_takes_each_case_from_one_run(report: ModuleType) -> None:

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from moe_bench.shapes import Case
-from moe_bench.timing import Clock, Times, capture, interleave, peak_memory
+from moe_bench.timing import Clock, Times, capture, interleave, peak_memory, symmetric_memory
 from moe_bench.workload import Candidate, Workload, make_candidate, recorded
 
 MAX_MESSAGE = 500
-_PEAKS = ("peak_mib", "peak_extra_mib")
+_PEAKS = ("peak_mib", "peak_extra_mib", "symmetric_mib")
 
 
 def measure(
@@ -87,6 +87,7 @@ def _empty_row(case: Case, mode: str, baseline: str, flops: float) -> dict[str, 
         "first_run_s": None,
         "peak_mib": None,
         "peak_extra_mib": None,
+        "symmetric_mib": None,
         "errors": {},
         "regions": [],
         "path": None,
@@ -126,6 +127,7 @@ def _first_run(
         candidate.before()
         if baseline.startswith("comet"):
             row["path"] = workload.path(candidate)
+            row["symmetric_mib"] = symmetric_memory(clock.device)
     except Exception as error:  # a row that fails is a result
         failure = _message(error)
         if candidate is not None:

@@ -134,3 +134,13 @@ def peak_memory(
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     return peak / 2**20, (peak - start) / 2**20
+
+
+def symmetric_memory(device: torch.device) -> float:
+    """Return the MiB of symmetric workspaces, which torch's allocator does not count."""
+    if device.type != "cuda":
+        return 0.0
+    from comet_compile.kernels import workspace
+
+    kept = workspace._workspaces.values()
+    return sum(one.num_bytes for every in kept for one in every) / 2**20

@@ -55,6 +55,8 @@ class Workload:
         if not rewritten and candidate.baseline != "comet-op":
             return "not rewritten"
         if self.why_portable is None:
+            if candidate.environ:
+                return "portable: COMET_PORTABLE is set"
             return " and ".join(sorted({str(r["status"]) for r in rewritten}))
         with variables(candidate.environ):
             reason = self.why_portable()
