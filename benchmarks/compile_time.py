@@ -10,8 +10,8 @@ with the least and the largest of them, and the seconds that comet's pass itself
 pair is a warm-up and is not counted. No report is open: its texts and pictures are made for a
 reader, and cost more than the pass does where there is nothing to find.
 
-Seconds of a compilation scatter by more than the pass takes. So one more compilation each counts the
-calls of Python functions, which other load on the machine does not disturb at all.
+Seconds of a compilation scatter by more than the pass takes. So one more compilation each counts
+the calls of Python functions, which other load on the machine does not disturb at all.
 """
 
 from __future__ import annotations
