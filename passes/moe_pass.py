@@ -295,7 +295,7 @@ def _raise_refused(regions: list[records.RegionRecord]) -> None:
 
 def _choose_path(layer: Layer, rewritten: Rewritten, rows: int) -> paths.Choice:
     """How the new op will run, from the fake tensors that it is given."""
-    tensors = [None if n is None else val(n) for n in rewritten.forward.args[:9]]
+    tensors: list[Any] = [None if n is None else val(n) for n in rewritten.forward.args[:9]]
     math = LayerMath(layer.activation, layer.weight_place, layer.product_dtype)
     return paths.choose_path(
         layer.form.name, Routed(*tensors[:3]), ExpertParams(*tensors[3:]), math, rows=rows
