@@ -37,6 +37,6 @@ def kept_symbolic() -> Iterator[None]:
     """Trace and compile what is inside with every input size a symbol that may be zero."""
     with (
         torch._dynamo.config.patch(assume_static_by_default=False),
-        torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        torch.fx.experimental._config.patch(backed_size_oblivious=True),
     ):
         yield
