@@ -29,6 +29,7 @@ from comet_compile.kernels.exchange_kernels import (
     sum_own_kernel,
 )
 from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.launch import div_up, power_of_2
 from comet_compile.kernels.layer0_exchange import dispatch_gemm_act_kernel
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
 from comet_compile.kernels.portable import Routed
@@ -143,9 +144,9 @@ class _Call:
     def publish(self) -> None:
         """Copy tokens and routing to where the peers read them."""
         ws = self.workspace
-        block_h = min(1024, triton.next_power_of_2(self.hidden))
+        block_h = min(1024, power_of_2(self.hidden))
         block_t = max(1, 8192 // block_h)
-        grid = max(1, min(2 * self.num_sms, triton.cdiv(self.num_tokens, block_t)))
+        grid = max(1, min(2 * self.num_sms, div_up(self.num_tokens, block_t)))
         publish_tokens_kernel[(grid,)](
             self.x,
             self.ids,
@@ -176,7 +177,7 @@ class _Call:
         num_slots = self.capacity * self.top_k
         # blocks must not straddle turns
         block = min(slots_per_block(num_slots), num_slots & -num_slots)
-        blocks_per_turn = triton.cdiv(num_slots, block)
+        blocks_per_turn = div_up(num_slots, block)
         num_all = self.num_ranks * num_slots
         bins = count_bins(num_experts)
         self.ids_S = self.own_ids.new_empty(num_all)
@@ -230,7 +231,7 @@ class _Call:
         columns = 2 * tiles.block_n if projection.mode == "interleaved" else tiles.block_n
         scaled = self.weights_S is not None and self.math.weight_place != "after"
         first_bias, second_bias = layer0.bias_pointers(params, projection)
-        block_h = triton.next_power_of_2(self.hidden)
+        block_h = power_of_2(self.hidden)
         dispatch_gemm_act_kernel[(tiles.num_programs,)](
             self.tokens,
             projection.view.descriptor(columns, tiles.block_k),
@@ -328,7 +329,7 @@ class _Call:
         return self.weights_S if self.math.weight_place == "after" else None
 
     def _sizes(self) -> dict[str, Any]:
-        block = min(2048, triton.next_power_of_2(self.hidden))
+        block = min(2048, power_of_2(self.hidden))
         return {
             "A": self.top_k,
             "C": self.capacity,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comet_compile.kernels.expert_weights import view_weight
-from comet_compile.kernels.launch import descriptor, full_grid, launch
+from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
 
@@ -85,10 +85,10 @@ def sum_slots(
     out_TH = rows_RH.new_empty(num_tokens, hidden, dtype=out_dtype)
     if num_tokens == 0:
         return out_TH
-    block = min(2048, triton.next_power_of_2(hidden))
+    block = min(2048, power_of_2(hidden))
     launch(
         sum_slots_kernel,
-        full_grid(num_tokens, triton.cdiv(hidden, block)),
+        full_grid(num_tokens, div_up(hidden, block)),
         key,
         rows_RH,
         row_S,

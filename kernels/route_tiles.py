@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comet_compile.kernels.launch import full_grid, launch
+from comet_compile.kernels.launch import div_up, full_grid, launch, power_of_2
 
 _SLOTS_PER_BLOCK = 512
 
@@ -61,7 +61,7 @@ def route_tiles(
         routing.num_tiles.zero_()
         return routing
     bins, block = count_bins(num_experts), slots_per_block(num_slots)
-    num_blocks = triton.cdiv(num_slots, block)
+    num_blocks = div_up(num_slots, block)
     hist = routing.row_S.new_empty(num_blocks * bins)
     if num_blocks > 1:
         launch(
@@ -95,12 +95,12 @@ def empty_routing(
 
 def count_bins(num_experts: int) -> int:
     """Return E_P."""
-    return triton.next_power_of_2(num_experts + 1)
+    return power_of_2(num_experts + 1)
 
 
 def slots_per_block(num_slots: int) -> int:
     """Return how many slots a program of the tables' kernels takes."""
-    return min(_SLOTS_PER_BLOCK, max(16, triton.next_power_of_2(num_slots)))
+    return min(_SLOTS_PER_BLOCK, max(16, power_of_2(num_slots)))
 
 
 def place_slots(
@@ -113,7 +113,7 @@ def place_slots(
 ) -> None:
     """Fill `routing` for `ids_S` [S] and the counts `hist` [NB, E_P] of its blocks."""
     num_slots, bins = ids_S.shape[0], count_bins(num_experts)
-    num_blocks = triton.cdiv(num_slots, block)
+    num_blocks = div_up(num_slots, block)
     launch(
         place_slots_kernel,
         full_grid(num_blocks),
