@@ -100,6 +100,11 @@ def test_token_counts(num_tokens: int, num_experts: int) -> None:
     check_fused(small_case(num_tokens=num_tokens, num_experts=num_experts))
 
 
+def test_a_token_row_summed_in_two_blocks() -> None:
+    plan = Plan(tiles(16, 16, 512), tiles(16, 512, 16))
+    check_fused(small_case(num_tokens=5, hidden=2056, permuted=True), plan)
+
+
 @pytest.mark.parametrize("save", [False, True])
 def test_no_tokens(save: bool) -> None:
     case = small_case(num_tokens=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fused_layers import math, params, routed, stored_pair
+from fused_layers import ACTIVATIONS, math, params, routed, small_case, stored_pair
 from moe_cases import Case
 from numerics import assert_matches_ref
 from poison import poisoned_memory
@@ -196,6 +196,16 @@ def test_no_tokens() -> None:
     y, saved = run(make_layer(0, 2, 4, 64, 64))
     assert y.shape == (0, 64)
     assert saved.shape == (0, 128)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    case = small_case(dtype=torch.bfloat16, activation=activation, biases=True).on(DEVICE)
+    check(case)
+    case.x[2, 3] = float("nan")
+    case.ids[2] = 1
+    y, _ = run(case)
+    assert y.isnan().all(1).nonzero().flatten().tolist() == [2]
 
 
 def test_not_a_number_stays_in_its_token() -> None:

@@ -25,8 +25,9 @@ FORBIDDEN = {
     "door": ("triton",),
 }
 # The passes call kernels through torch.ops alone. What they import registers the operators, tells
-# their meaning in plain PyTorch (to prove regions against) and the plan that the report shows.
-KERNELS_OPEN_TO_PASSES = {"activation", "ops", "portable", "refs"}
+# their meaning in plain PyTorch (to prove regions against) and the path and plan of a layer
+# (`paths`, asked in the terms of `experts` and `portable`), which the report shows.
+KERNELS_OPEN_TO_PASSES = {"activation", "experts", "ops", "paths", "portable", "refs"}
 
 
 def modules() -> Iterator[tuple[str, str, Path]]:
