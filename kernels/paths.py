@@ -77,9 +77,11 @@ def local_forward(
         known = _look_up(routed, params, math, out_dtype, save)
         if known is not None:
             key, plan = known
-            return _fused().local_forward(
-                routed, params, math, out_dtype, save=save, plan=plan, key=key
-            )
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device(routed.x.device):
+                return _fused().local_forward(
+                    routed, params, math, out_dtype, save=save, plan=plan, key=key
+                )
     y, pre = portable.local_forward(routed, params, math, out_dtype)
     if not save:
         return y, y.new_empty(0, dtype=routed.x.dtype)

@@ -346,3 +346,13 @@ def test_the_switch_takes_the_portable_path(monkeypatch: pytest.MonkeyPatch) -> 
     y, _, _ = torch.ops.comet.moe_layer(*case.tensors(), None, **op_options(case, "nothing"))
     eager, _ = portable.local_forward(routed(case), params(case), math(case), case.out_dtype)
     assert torch.equal(y, eager)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_on_another_gpu_than_the_current_one() -> None:
+    case = make_layer(100, 2, 8, 256, 128, biases=True)
+    expected, _ = check(case)
+    with torch.cuda.device(0):
+        y, _ = run(case.on("cuda:1"))
+    assert torch.equal(y.cpu(), expected.cpu())
