@@ -15,7 +15,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -30,8 +30,9 @@ _POLL_SECONDS = (0.0005, 0.05)
 class _GroupState:
     """What this process has agreed on with one group."""
 
-    agreed: set[str] = dataclasses.field(default_factory=set)
+    agreed: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     num_handshakes: int = 0
+    known: dict[Hashable, list[Any]] = dataclasses.field(default_factory=dict)
 
 
 class Agreements:
@@ -51,26 +52,44 @@ class Agreements:
         """Return once every rank of `group` is known to run `plan`, raise if one does not.
 
         `plan` is plain JSON data made of facts that every rank shares. After the first time this
-        is one set look-up.
+        is one look-up.
+        """
+        self.gather(plan, None, group)
+
+    def gather(self, plan: Mapping[str, Any], offer: object, group: dist.ProcessGroup) -> list[Any]:
+        """`agree` on `plan`, and return what each rank offered with it the first time.
+
+        An offer is plain JSON data that may differ by rank: what a rank can do, say, so that all
+        ranks can draw one conclusion from the same list.
         """
         if group.size() == 1 or _is_fake(group):
-            return
+            return [offer] * group.size()
         state = self._groups.get(group)
         if state is None:
             state = self._groups[group] = _GroupState()
         text = json.dumps(plan, sort_keys=True)
-        if text in state.agreed:
-            return
-        number = state.num_handshakes
-        state.num_handshakes += 1
-        _handshake(text, number, group, self._seconds(group))
-        state.agreed.add(text)
+        if text not in state.agreed:
+            number = state.num_handshakes
+            state.num_handshakes += 1
+            state.agreed[text] = _handshake(text, offer, number, group, self.seconds(group))
+        return state.agreed[text]
+
+    def recall(self, call: Hashable, group: dist.ProcessGroup) -> list[Any] | None:
+        """Return what was remembered for `call`, whose plan need then not be written out."""
+        state = self._groups.get(group)
+        return None if state is None else state.known.get(call)
+
+    def remember(self, call: Hashable, group: dist.ProcessGroup, offers: list[Any]) -> None:
+        """Keep the offers of the plan that `call` stands for."""
+        if group in self._groups:
+            self._groups[group].known[call] = offers
 
     def num_handshakes(self, group: dist.ProcessGroup) -> int:
         """How many plans this process has put to `group` so far."""
         return self._groups[group].num_handshakes if group in self._groups else 0
 
-    def _seconds(self, group: dist.ProcessGroup) -> float:
+    def seconds(self, group: dist.ProcessGroup) -> float:
+        """How long to wait for the peers of `group`."""
         if self._timeout is not None:
             return self._timeout
         variable = os.environ.get("COMET_AGREEMENT_TIMEOUT", "").strip()
@@ -82,11 +101,13 @@ class Agreements:
 AGREEMENTS = Agreements()
 
 
-def _handshake(text: str, number: int, group: dist.ProcessGroup, seconds: float) -> None:
+def _handshake(
+    text: str, offer: object, number: int, group: dist.ProcessGroup, seconds: float
+) -> list[Any]:
     members = dist.get_process_group_ranks(group)
     store = dist.PrefixStore(_key_prefix(members, number), group.get_group_store())
     rank = group.rank()
-    store.set(str(rank), text)
+    store.set(str(rank), json.dumps([text, offer]))
 
     missing = list(range(group.size()))
     deadline = time.monotonic() + seconds
@@ -109,12 +130,14 @@ def _handshake(text: str, number: int, group: dist.ProcessGroup, seconds: float)
         time.sleep(pause)
         pause = min(pause * 2, longest_pause)
 
-    texts = [value.decode() for value in store.multi_get([str(p) for p in range(group.size())])]
+    values = store.multi_get([str(peer) for peer in range(group.size())])
+    texts, offers = zip(*(json.loads(value) for value in values), strict=True)
     if any(other != texts[0] for other in texts):
         raise PlanMismatchError(_describe_mismatch(texts, number, group))
+    return list(offers)
 
 
-def _describe_mismatch(texts: list[str], number: int, group: dist.ProcessGroup) -> str:
+def _describe_mismatch(texts: Sequence[str], number: int, group: dist.ProcessGroup) -> str:
     ranks_of: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         ranks_of.setdefault(text, []).append(rank)

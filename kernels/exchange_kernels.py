@@ -122,8 +122,8 @@ def receive_routing_kernel(
     deadline,
     me,
     blocks_per_turn,
+    C,
     A: tl.constexpr,
-    C: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
     E_P: tl.constexpr,
@@ -167,9 +167,7 @@ def receive_routing_kernel(
     tl.store(ids_S_ptr + slot, local, mask=in_turn)
     if weights_S_ptr is not None:
         weights = peer_pointer(peers_ptr, source, weights_offset, tl.float32) + offs
-        tl.store(
-            weights_S_ptr + slot, tl.load(weights, mask=is_slot, other=0.0), mask=in_turn
-        )
+        tl.store(weights_S_ptr + slot, tl.load(weights, mask=is_slot, other=0.0), mask=in_turn)
     block = turn * blocks_per_turn + tl.program_id(0)
     tl.store(hist_ptr + block * E_P + tl.arange(0, E_P), tl.histogram(local, E_P))
 
@@ -185,8 +183,8 @@ def pull_tokens(
     num_tokens_P_ptr,
     fetched_ptr,  # [P] int32, blocks fetched of each turn
     me,
+    C,
     A: tl.constexpr,
-    C: tl.constexpr,
     L: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
@@ -205,7 +203,7 @@ def pull_tokens(
         source = peer_pointer(
             peers_ptr, (me + turn) % P, tokens_offset, tokens_ptr.dtype.element_ty
         )
-        landing = tokens_ptr + turn * tl.full((), C * H, tl.int64)
+        landing = tokens_ptr + tl.full((), H, tl.int64) * C * turn
         for block in tl.range(pid, tl.cdiv(num_tokens, BT), num_programs):
             for first in range(0, BT, ROWS):
                 token = block * BT + first + tl.arange(0, ROWS)
@@ -292,8 +290,8 @@ def push_sums_kernel(
     sent_ptr,  # [P] int32, CTAs that are done with a turn
     epoch_ptr,
     me,
+    C,
     A: tl.constexpr,
-    C: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
     BH: tl.constexpr,
@@ -341,8 +339,8 @@ def sum_own_kernel(
     deadline,
     num_tokens,
     me,
+    C,
     A: tl.constexpr,
-    C: tl.constexpr,
     L: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,

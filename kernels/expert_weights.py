@@ -61,7 +61,9 @@ def why_not(weight_LKN: Tensor) -> str | None:
         return f"neither dim of the weights is contiguous (strides {weight_LKN.stride()})"
     pitch = column if row == 1 and column != 1 else row
     if pitch * size % 16 or (expert * size % 16 and num_experts > 1):
-        return f"rows of the weights are not multiples of 16 bytes apart (strides {pitch}, {expert})"
+        return (
+            f"rows of the weights are not multiples of 16 bytes apart (strides {pitch}, {expert})"
+        )
     if min(pitch, expert) <= 0:
         return "the weights are broadcast (a stride of 0)"
     return None

@@ -82,7 +82,7 @@ def local_forward(
     plan = plan_layer(routed, params, math) if plan is None else plan
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
     weights_TA = None if routed.weights is None else routed.weights.contiguous()
-    params = _with_dense_biases(params)
+    params = with_dense_biases(params)
     num_tokens, top_k = routed.ids.shape
     saved = x_TH.new_empty(0)
     if save:
@@ -106,7 +106,7 @@ def local_forward(
     return y_TH, saved
 
 
-def _with_dense_biases(params: ExpertParams) -> ExpertParams:
+def with_dense_biases(params: ExpertParams) -> ExpertParams:
     """Return `params` with contiguous biases: the kernels know one stride for all, that of L."""
     biases = {name: getattr(params, name) for name in ("b_in", "b_up", "b_out")}
     strided = {

@@ -12,16 +12,13 @@ H model dim, I expert intermediate dim.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from comet_compile.kernels import layer0, layer1
-from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.exchange_kernels import (
     publish_tokens_kernel,
     push_sums_kernel,
@@ -29,7 +26,8 @@ from comet_compile.kernels.exchange_kernels import (
     sum_own_kernel,
 )
 from comet_compile.kernels.experts import ExpertParams, LayerMath
-from comet_compile.kernels.launch import div_up, power_of_2
+from comet_compile.kernels.fused import with_dense_biases
+from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
 from comet_compile.kernels.layer0_exchange import dispatch_gemm_act_kernel
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
 from comet_compile.kernels.portable import Routed
@@ -40,7 +38,7 @@ from comet_compile.kernels.route_tiles import (
     place_slots,
     slots_per_block,
 )
-from comet_compile.kernels.workspace import Layout, Workspace, workspace_for
+from comet_compile.kernels.workspace import Layout, Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +80,23 @@ def plan_exchange(
     return ExchangePlan(gemms, capacity, min(num_fetchers, device.num_sms // 2))
 
 
+def capacity_for(tokens: Sequence[int]) -> int:
+    """Return C for ranks of these numbers of tokens: the most of them, and up to an eighth more.
+
+    Rounded so that calls of similar sizes share a layout.
+    """
+    most = max(1, *tokens)
+    step = max(64, power_of_2(most) // 8)
+    return div_up(most, step) * step
+
+
+def row_bytes(plan: ExchangePlan, params: ExpertParams, top_k: int, num_ranks: int) -> int:
+    """Return the bytes of h and of the experts' output rows, if all tokens chose this rank."""
+    slots = plan.capacity * top_k * num_ranks
+    columns = params.w_in.shape[1] + params.w_out.shape[1]
+    return slots * columns * params.w_in.element_size()
+
+
 def all_to_all_forward(
     routed: Routed,
     params: ExpertParams,
@@ -90,14 +105,20 @@ def all_to_all_forward(
     plan: ExchangePlan,
     workspace: Workspace,
     deadline: float,
+    key: Hashable | None = None,
 ) -> Tensor:
-    """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``."""
-    workspace.check()
-    call = _Call(routed, params, math, out_dtype, plan, workspace, deadline)
+    """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
+
+    `deadline` is in seconds; `key` is what `launch` takes.
+    """
+    workspace.enter()
+    call = _Call(routed, params, math, out_dtype, plan, workspace, deadline, key=key)
     call.publish()
     call.receive()
     h_RI = call.compute_hidden()
-    rows_RH = layer1.gemm_rows(h_RI, params.w_out, params.b_out, call.routing, plan.gemms.layer1)
+    rows_RH = layer1.gemm_rows(
+        h_RI, params.w_out, call.params.b_out, call.routing, plan.gemms.layer1, key
+    )
     call.push(rows_RH)
     return call.sum_own(rows_RH)
 
@@ -114,22 +135,23 @@ class _Call:
         plan: ExchangePlan,
         workspace: Workspace,
         deadline: float,
+        *,
         clock: bool = True,
+        key: Hashable | None = None,
     ) -> None:
+        self.key = key
         self.x = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
         self.ids = routed.ids.contiguous()
         self.weights = None if routed.weights is None else routed.weights.contiguous()
-        self.params, self.math, self.plan, self.workspace = params, math, plan, workspace
+        self.params = with_dense_biases(params)
+        self.math, self.plan, self.workspace = math, plan, workspace
         self.out_dtype, self.clock = out_dtype, clock
         self.deadline = int(deadline * 1e9) if clock else 1000
         self.num_tokens, self.top_k = routed.ids.shape
         self.hidden, self.num_ranks = params.w_in.shape[1], workspace.num_ranks
         self.num_sms = plan.gemms.layer0.num_programs
         self.capacity = plan.capacity
-        if self.num_tokens > self.capacity:
-            raise ValueError(
-                f"this rank has {self.num_tokens} tokens, its workspace holds {self.capacity}"
-            )
+        assert self.num_tokens <= self.capacity, "capacity_for covers all ranks"
         self.layout = Layout.of(
             self.capacity, self.top_k, self.hidden, self.num_ranks, self.x.element_size()
         )
@@ -147,7 +169,10 @@ class _Call:
         block_h = min(1024, power_of_2(self.hidden))
         block_t = max(1, 8192 // block_h)
         grid = max(1, min(2 * self.num_sms, div_up(self.num_tokens, block_t)))
-        publish_tokens_kernel[(grid,)](
+        launch(
+            publish_tokens_kernel,
+            full_grid(grid),
+            self.key,
             self.x,
             self.ids,
             self.weights,
@@ -184,7 +209,10 @@ class _Call:
         self.weights_S = None if self.weights is None else self.own_weights.new_empty(num_all)
         self.num_tokens_P = self.own_ids.new_empty(self.num_ranks)
         hist = self.own_ids.new_empty(self.num_ranks * blocks_per_turn * bins)
-        receive_routing_kernel[(blocks_per_turn, self.num_ranks)](
+        launch(
+            receive_routing_kernel,
+            full_grid(blocks_per_turn, self.num_ranks),
+            self.key,
             ws.peers,
             self.layout.ids,
             self.layout.weights,
@@ -201,8 +229,8 @@ class _Call:
             *self.waits,
             ws.rank,
             blocks_per_turn,
+            self.capacity,
             A=self.top_k,
-            C=self.capacity,
             L=num_experts,
             P=self.num_ranks,
             E_P=bins,
@@ -211,8 +239,8 @@ class _Call:
             num_warps=4,
         )
         routing = empty_routing(num_all, num_experts, self.plan.gemms.block_m, self.x.device)
-        place_slots(self.ids_S, hist, num_experts, block, routing)
-        self.routing = order_by_turn(hist, num_experts, self.num_ranks, routing)
+        place_slots(self.ids_S, hist, num_experts, block, routing, self.key)
+        self.routing = order_by_turn(hist, num_experts, self.num_ranks, routing, self.key)
 
     def compute_hidden(self) -> Tensor:
         """Return h [R, I]: fetch the peers' tokens, multiply, activate."""
@@ -232,10 +260,13 @@ class _Call:
         scaled = self.weights_S is not None and self.math.weight_place != "after"
         first_bias, second_bias = layer0.bias_pointers(params, projection)
         block_h = power_of_2(self.hidden)
-        dispatch_gemm_act_kernel[(tiles.num_programs,)](
+        launch(
+            dispatch_gemm_act_kernel,
+            full_grid(tiles.num_programs),
+            self.key,
             self.tokens,
             projection.view.descriptor(columns, tiles.block_k),
-            TensorDescriptor.from_tensor(h_RI, [tiles.block_m, tiles.block_n]),
+            descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, tiles.block_n)),
             routing.slot_R,
             routing.expert_M,
             routing.first_row_M,
@@ -258,6 +289,7 @@ class _Call:
             *self.waits,
             ws.rank,
             self.plan.num_fetchers,
+            self.capacity,
             TOP_K=self.top_k,
             H=self.hidden,
             I=inter,
@@ -273,7 +305,6 @@ class _Call:
             UP_FIRST=projection.up_first,
             CLAMP=act.limit is not None,
             SCALE=self.math.weight_place if scaled else "",
-            C=self.capacity,
             L=params.num_experts,
             P=self.num_ranks,
             BT=self.plan.block_tokens,
@@ -288,7 +319,10 @@ class _Call:
     def push(self, rows_RH: Tensor) -> None:
         """Send every peer the sums of its tokens over this rank's experts."""
         ws = self.workspace
-        push_sums_kernel[(4 * self.num_sms,)](
+        launch(
+            push_sums_kernel,
+            full_grid(4 * self.num_sms),
+            self.key,
             rows_RH,
             self.routing.row_S,
             self._after(),
@@ -299,6 +333,7 @@ class _Call:
             ws.sent,
             ws.epoch,
             ws.rank,
+            self.capacity,
             **self._sizes(),
         )
 
@@ -306,7 +341,10 @@ class _Call:
         """Return y [T, H]."""
         ws = self.workspace
         out_TH = self.x.new_empty(self.num_tokens, self.hidden, dtype=self.out_dtype)
-        sum_own_kernel[(4 * self.num_sms,)](
+        launch(
+            sum_own_kernel,
+            full_grid(4 * self.num_sms),
+            self.key,
             rows_RH,
             self.routing.row_S,
             self._after(),
@@ -319,6 +357,7 @@ class _Call:
             *self.waits,
             self.num_tokens,
             ws.rank,
+            self.capacity,
             L=self.params.num_experts,
             CLOCK=self.clock,
             **self._sizes(),
@@ -332,7 +371,6 @@ class _Call:
         block = min(2048, power_of_2(self.hidden))
         return {
             "A": self.top_k,
-            "C": self.capacity,
             "H": self.hidden,
             "P": self.num_ranks,
             "BH": block,

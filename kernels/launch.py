@@ -100,5 +100,3 @@ class _Address:
     def element_size(self) -> int:
         """Bytes of an element."""
         return self.dtype.itemsize
-
-

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

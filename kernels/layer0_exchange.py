@@ -49,6 +49,7 @@ def dispatch_gemm_act_kernel(
     deadline,
     me,
     num_fetchers,
+    C,
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,
@@ -64,7 +65,6 @@ def dispatch_gemm_act_kernel(
     UP_FIRST: tl.constexpr,
     CLAMP: tl.constexpr,
     SCALE: tl.constexpr,
-    C: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
     BT: tl.constexpr,
@@ -77,7 +77,7 @@ def dispatch_gemm_act_kernel(
     if pid < num_fetchers:
         pull_tokens(
             pid, num_fetchers, peers_ptr, tokens_offset, tokens_ptr, ids_S_ptr, num_tokens_P_ptr,
-            fetched_ptr, me, TOP_K, C, L, H, P, BT, BH, ROWS,
+            fetched_ptr, me, C, TOP_K, L, H, P, BT, BH, ROWS,
         )  # fmt: skip
 
     num_m = tl.load(num_tiles_ptr)

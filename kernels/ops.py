@@ -16,9 +16,9 @@ Meaning: ``y[t] = sum_j weights[t, j] * FFN_{ids[t, j]}(x[t])``, weights None = 
 the rows in front of the activation for the backward, in an order private to the two ops. `token`
 orders the distributed ops of a graph: it is a data dependence in, a fresh int32 tensor out.
 
-Each op has a twin with the suffix ``_syncing``, of the same meaning, for a path that reads counts on
-the host: the twin alone carries the tag that keeps Inductor from capturing it in a CUDA graph. The
-graph shows which path was planned; `paths.plan_for` says why.
+Each op has a twin with the suffix ``_syncing``, of the same meaning, for a path that reads counts
+on the host: the twin alone carries the tag that keeps Inductor from capturing it in a CUDA graph.
+The graph shows which was planned; `paths.choose_path` says why.
 
 Outputs are fresh, and no size depends on data. Legend: T tokens, A experts per token, S = T*A
 slots, L local experts, P ranks, H model dim, I expert intermediate dim, N columns of w_in (2I for
@@ -90,13 +90,14 @@ def _moe_layer(
     group = None
     if form != "local":
         facts = {"out_dtype": str(out_dtype), "save": save}
-        group = _agreed_group("comet::moe_layer", form, group_name, layer, math, facts)
-    if group is not None and form == "all_to_all" and group.size() > 1:
-        y = portable.all_to_all_forward(routed, params, math, out_dtype, group)
-        return y, x.new_empty(0), _token_out(x, form)
-    y, saved = paths.local_forward(
-        routed, params, math, out_dtype, save=save == "pre_activation"
-    )
+        offer = paths.why_portable_here(routed, params, math, out_dtype)
+        group, offers = _agreed_group(
+            "comet::moe_layer", form, group_name, layer, math, facts, offer
+        )
+        if form == "all_to_all" and group.size() > 1:
+            y = paths.all_to_all_forward(routed, params, math, out_dtype, group, offers)
+            return y, x.new_empty(0), _token_out(x, form)
+    y, saved = paths.local_forward(routed, params, math, out_dtype, save=save == "pre_activation")
     if group is not None and group.size() > 1:
         dist.all_reduce(y, group=group)
     return y, saved, _token_out(x, form)
@@ -164,7 +165,7 @@ def _moe_layer_backward(
     group = None
     if form != "local":
         facts = {"grad_dtype": str(grad_y.dtype), "needs": [bool(need) for need in needs]}
-        group = _agreed_group("comet::moe_layer_backward", form, group_name, layer, math, facts)
+        group, _ = _agreed_group("comet::moe_layer_backward", form, group_name, layer, math, facts)
     if form == "all_to_all" and group is not None and group.size() > 1:
         d_x, d_weights, parts = portable.all_to_all_backward(
             grad_y, routed, params, math, wanted, group
@@ -301,21 +302,34 @@ def _agreed_group(
     layer: Layer,
     math: LayerMath,
     facts: dict[str, Any],
-) -> dist.ProcessGroup:
-    """Return the process group, once its ranks are known to run the same plan."""
+    offer: str | None = None,
+) -> tuple[dist.ProcessGroup, list[Any]]:
+    """Return the process group, once its ranks are known to run the same plan, and their offers."""
     name: Any = group_name  # newer torch has a NewType for it
     group = _resolve_process_group(name)
-    plan = {
-        "op": op,
-        "form": form,
-        "activation": str(math.activation),
-        "weight_place": math.weight_place,
-        "product_dtype": str(math.product_dtype),
-        **{name: _describe(name, getattr(layer, name)) for name in layer.names()},
-        **facts,
-    }
-    AGREEMENTS.agree(plan, group)
-    return group
+    shapes = tuple(_shared_facts(name, getattr(layer, name)) for name in layer.names())
+    call = (op, form, math, shapes, *map(str, facts.values()))
+    offers = AGREEMENTS.recall(call, group)
+    if offers is None:
+        plan = {
+            "op": op,
+            "form": form,
+            "activation": str(math.activation),
+            "weight_place": math.weight_place,
+            "product_dtype": str(math.product_dtype),
+            **{name: _describe(name, getattr(layer, name)) for name in layer.names()},
+            **facts,
+        }
+        offers = AGREEMENTS.gather(plan, offer, group)
+        AGREEMENTS.remember(call, group, offers)
+    return group, offers
+
+
+def _shared_facts(name: str, tensor: Tensor | None) -> Any:
+    """What every rank shares of a tensor, so not its number of tokens."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.shape[1:] if name in ("x", "ids", "weights") else tensor.shape
 
 
 def _describe(name: str, tensor: Tensor | None) -> str | None:

@@ -7,16 +7,20 @@ loads no Triton; asking for a CUDA tensor does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from comet_compile.kernels import portable
+from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.grouped import is_grouped_dtype
 from comet_compile.kernels.portable import Routed
@@ -44,12 +48,19 @@ def choose_path(
     plan = portable.plan_for(form, rows=rows, hidden=params.w_in.shape[1], dtype=dtype)
     loops = on_gpu and (form == "all_to_all" or not is_grouped_dtype(dtype))
     reason = why_portable(routed, params, math)
-    if reason is None and form == "all_to_all":
-        reason = "the fused exchange between ranks is not chosen by itself yet"
     if reason is not None:
         return Choice(False, loops, loops, {**plan, "why_portable": reason})
     gemms = _fused().plan_layer(routed, params, math, num_slots=rows)
-    return Choice(True, False, loops, {**gemms.as_dict(), "form": form})
+    # Ranks on several machines, which only the first run can tell, take the portable path.
+    reads_host = form == "all_to_all" and not _on_one_machine()
+    return Choice(True, reads_host, loops, {**gemms.as_dict(), "form": form})
+
+
+def _on_one_machine() -> bool:
+    """Whether the launcher says that all processes run on this machine (torchrun does)."""
+    if not dist.is_initialized():
+        return True
+    return os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size())
 
 
 def why_portable(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None:
@@ -78,7 +89,7 @@ def local_forward(
         if known is not None:
             key, plan = known
             # Triton launches on the current device, wherever the tensors are.
-            with torch.cuda.device(routed.x.device):
+            with _on_device(routed.x.device):
                 return _fused().local_forward(
                     routed, params, math, out_dtype, save=save, plan=plan, key=key
                 )
@@ -86,6 +97,81 @@ def local_forward(
     if not save:
         return y, y.new_empty(0, dtype=routed.x.dtype)
     return y, portable.pad_saved(pre, routed.ids.numel())
+
+
+def why_portable_here(
+    routed: Routed, params: ExpertParams, math: LayerMath, out_dtype: torch.dtype
+) -> str | None:
+    """`why_portable` for a real call, looked up."""
+    if routed.x.device.type != "cuda":
+        return why_portable(routed, params, math)
+    if _look_up(routed, params, math, out_dtype, False) is not None:
+        return None
+    return why_portable(routed, params, math)
+
+
+def all_to_all_forward(
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    out_dtype: torch.dtype,
+    group: dist.ProcessGroup,
+    offers: Sequence[str | None],
+) -> Tensor:
+    """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
+
+    Fused where no rank objects (`offers`), the ranks share a machine and the buffers are not too
+    large: facts that all ranks have in common, so all take one path.
+    """
+    call = None
+    if all(offer is None for offer in offers):
+        call = _plan_exchange(routed, params, math, out_dtype, group)
+    if call is None:
+        return portable.all_to_all_forward(routed, params, math, out_dtype, group)
+    key, plan, workspace = call
+    with _on_device(routed.x.device):
+        return _fused_exchange().all_to_all_forward(
+            routed, params, math, out_dtype, plan, workspace, AGREEMENTS.seconds(group), key
+        )
+
+
+_exchange_plans: dict[Any, Any] = {}
+_MAX_ROW_BYTES = 16 * 2**30
+
+
+def _plan_exchange(
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    out_dtype: torch.dtype,
+    group: dist.ProcessGroup,
+) -> tuple[Any, Any, Any] | None:
+    """Return (key of the launches, plan, workspace), None for the portable path."""
+    from comet_compile.kernels.links import link_of
+    from comet_compile.kernels.workspace import workspace_for
+
+    x = routed.x
+    link = link_of(group, x.device)
+    known = _look_up(routed, params, math, out_dtype, False)
+    if link.board is None or known is None:
+        return None
+    fused = _fused_exchange()
+    tokens = link.board.exchange(x.shape[0], AGREEMENTS.seconds(group))
+    capacity, top_k, num_ranks = fused.capacity_for(tokens), routed.ids.shape[1], group.size()
+    # the same for all layers of equal shapes, whoever holds them
+    key = (known[0], capacity, num_ranks)
+    if key not in _exchange_plans:
+        if len(_exchange_plans) >= _MAX_KNOWN:
+            _exchange_plans.clear()
+        plan = fused.plan_exchange(params, math, top_k, capacity, num_ranks, x.device.index or 0)
+        layout = fused.Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size())
+        too_large = fused.row_bytes(plan, params, top_k, num_ranks) > _MAX_ROW_BYTES
+        _exchange_plans[key] = None if too_large else (plan, layout.num_bytes)
+    if _exchange_plans[key] is None:
+        return None
+    plan, num_bytes = _exchange_plans[key]
+    workspace = workspace_for(num_bytes, group, x.device)
+    return (*key, id(workspace)), plan, workspace
 
 
 # Decisions taken, by all that they depend on: taking one again would cost more than a small GEMM.
@@ -124,6 +210,18 @@ def _describe(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.device.index
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _fused_exchange() -> ModuleType:
+    from comet_compile.kernels import fused_exchange
+
+    return fused_exchange
 
 
 def _fused() -> ModuleType:

@@ -76,7 +76,7 @@ def wait(
                 waited = globaltimer() - start
             else:
                 waited += 1
-        if (seen < value) & (aborted == 0):
+        if (seen < value) & (aborted == 0):  # noqa: SIM102, not to be evaluated otherwise
             if tl.atomic_xchg(abort_ptr, 1, sem="relaxed", scope="gpu") == 0:
                 tl.store(message_ptr + 1, peer)
                 tl.store(message_ptr + 2, epoch)

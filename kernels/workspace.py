@@ -75,6 +75,7 @@ class Workspace:
         counters = torch.zeros(6 + 2 * self.num_ranks, dtype=torch.int32, device=device)
         self.epoch, self.abort, self.published, self.summed, self.ticket = counters[:5].split(1)
         self.fetched, self.sent = counters[6:].split(self.num_ranks)
+        self._stream = torch.cuda.current_stream(device)
         # The kernels write it, the host reads it without asking the device.
         self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32, pin_memory=True)
 
@@ -88,6 +89,14 @@ class Workspace:
     def flags(self, offset: int) -> Tensor:
         """Return [P] int32 flags of this rank."""
         return self.view(offset, (self.num_ranks,), torch.int32)
+
+    def enter(self) -> None:
+        """Put the call to come behind the last one, also if that ran on another stream."""
+        self.check()
+        stream = torch.cuda.current_stream(self.buffer.device)
+        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+            self._stream = stream
 
     def check(self) -> None:
         """Raise if a kernel of an earlier call has given up waiting."""

@@ -1,0 +1,103 @@
+"""Which process groups the fused exchange can serve, found out once per group by all its ranks.
+
+A group qualifies if its ranks sit on one machine, each with a GPU of its own whose memory the
+others can map. The ranks tell each other what they know through the group's store, so all come to
+one verdict; none is left waiting by another's refusal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from comet_compile.kernels.agreement import AGREEMENTS
+from comet_compile.kernels.board import Board
+
+log = logging.getLogger(__name__)
+
+MAX_RANKS = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Link:
+    """What a group's fused calls share on the host; `why_not` says why there are none."""
+
+    board: Board | None
+    why_not: str | None
+
+
+# What is found out belongs to the process groups, which are process-wide themselves.
+_links: weakref.WeakKeyDictionary[dist.ProcessGroup, Link] = weakref.WeakKeyDictionary()
+
+
+def link_of(group: dist.ProcessGroup, device: torch.device) -> Link:
+    """Return the group's link, found out with its ranks at the first call."""
+    link = _links.get(group)
+    if link is None:
+        link = _links[group] = _connect(group, device)
+        if link.why_not is not None and group.rank() == 0:
+            log.info(
+                "comet: layers of process group %r run the portable path: %s",
+                group.group_name,
+                link.why_not,
+            )
+    return link
+
+
+def _connect(group: dist.ProcessGroup, device: torch.device) -> Link:
+    offers = AGREEMENTS.gather({"link": "where are the ranks?"}, _offer(device), group)
+    reason = _why_not(offers)
+    if reason is not None:
+        return Link(None, reason)
+    # The first rank makes the board; each says whether it could open it.
+    path = Board.create(group.size()) if group.rank() == 0 else ""
+    path = AGREEMENTS.gather({"link": "the board"}, path, group)[0]
+    board, error = None, ""
+    try:
+        board = Board(path, group.rank(), group.size())
+    except OSError as failure:
+        error = f"rank {group.rank()} cannot map {path}: {failure}"
+    errors = AGREEMENTS.gather({"link": "opened?"}, error, group)
+    if group.rank() == 0:
+        os.unlink(path)
+    failed = [text for text in errors if text]
+    return Link(None, failed[0]) if failed else Link(board, None)
+
+
+def _offer(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "machine": _machine(),
+        "gpu": str(properties.uuid),
+        "capability": [properties.major, properties.minor],
+        "sms": properties.multi_processor_count,
+    }
+
+
+def _why_not(offers: list[Any]) -> str | None:
+    if len(offers) > MAX_RANKS:
+        return f"{len(offers)} ranks, the kernels serve {MAX_RANKS}"
+    for rank, offer in enumerate(offers):
+        if offer["machine"] != offers[0]["machine"]:
+            return f"group rank {rank} is on another machine than group rank 0"
+        for name in ("capability", "sms"):
+            if offer[name] != offers[0][name]:
+                return f"group rank {rank} has another kind of GPU than group rank 0"
+    shared = len({offer["gpu"] for offer in offers}) < len(offers)
+    if shared and os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "0") != "1":
+        return "ranks share a GPU"
+    return None
+
+
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return os.uname().nodename
