@@ -43,16 +43,14 @@ class WeightView:
 
     def descriptor(self, block_n: int, block_k: int) -> TensorDescriptor:
         """Return a descriptor of boxes: both of the pair if K is contiguous, else one."""
-        if self.k_contiguous:
-            box = [self.pair, 1, block_n, block_k]
-        else:
-            box = [1, 1, block_k, block_n]
+        both = (self.pair, 1, block_n, block_k)
+        box = both if self.k_contiguous else (1, 1, block_k, block_n)
         return descriptor(self.base, self.shape, self.strides, box)
 
 
 def why_not(weight_LKN: Tensor) -> str | None:
     """Return why the copy engine cannot fetch `weight_LKN` [L, K, N], None if it can."""
-    num_experts, k, n = weight_LKN.shape
+    num_experts, k, _ = weight_LKN.shape
     expert, row, column = weight_LKN.stride()
     size = weight_LKN.element_size()
     if not _is_fake(weight_LKN) and weight_LKN.data_ptr() % 16:

@@ -254,7 +254,8 @@ class _Call:
         assert projection is not None, "checked by fused.why_not"
         inter = params.w_out.shape[1]
         routing = self.routing
-        assert routing.order_M is not None and routing.turn_M is not None
+        assert routing.order_M is not None
+        assert routing.turn_M is not None
         h_RI = self.x.new_empty(routing.slot_R.shape[0], inter)
         columns = 2 * tiles.block_n if projection.mode == "interleaved" else tiles.block_n
         scaled = self.weights_S is not None and self.math.weight_place != "after"

@@ -342,26 +342,26 @@ def _describe(name: str, tensor: Tensor | None) -> str | None:
     return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"
 
 
+# Defined by hand and not with `custom_op`, whose checks at every call (aliases, dynamo) take as long
+# as two launches.
+_LIBRARY = torch.library.Library("comet", "FRAGMENT")
+
+
 def _define(suffix: str) -> None:
-    tags = _TAGS[suffix]
-    layer = torch.library.custom_op(
-        f"comet::moe_layer{suffix}", _moe_layer, mutates_args=(), schema=_LAYER_SCHEMA, tags=tags
+    layer, backward = f"moe_layer{suffix}", f"moe_layer_backward{suffix}"
+    for name, schema, run, fake in (
+        (layer, _LAYER_SCHEMA, _moe_layer, _moe_layer_fake),
+        (backward, _BACKWARD_SCHEMA, _moe_layer_backward, _moe_layer_backward_fake),
+    ):
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *_TAGS[suffix]))
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"comet::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"comet::{layer}", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
     )
-    layer.register_fake(_moe_layer_fake)
-    layer.register_autograd(_autograd_backward, setup_context=_setup_context)
-    backward = torch.library.custom_op(
-        f"comet::moe_layer_backward{suffix}",
-        _moe_layer_backward,
-        mutates_args=(),
-        schema=_BACKWARD_SCHEMA,
-        tags=tags,
-    )
-    backward.register_fake(_moe_layer_backward_fake)
-    backward.register_autograd(_refuse_double_backward)
-    overload = getattr(torch.ops.comet, f"moe_layer{suffix}")
-    register_flop_formula(overload)(_moe_layer_flops)
-    overload = getattr(torch.ops.comet, f"moe_layer_backward{suffix}")
-    register_flop_formula(overload)(_moe_layer_backward_flops)
+    torch.library.register_autograd(f"comet::{backward}", _refuse_double_backward, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.comet, layer))(_moe_layer_flops)
+    register_flop_formula(getattr(torch.ops.comet, backward))(_moe_layer_backward_flops)
 
 
 for _suffix in _TAGS:
