@@ -342,8 +342,8 @@ def _describe(name: str, tensor: Tensor | None) -> str | None:
     return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"
 
 
-# Defined by hand and not with `custom_op`, whose checks at every call (aliases, dynamo) take as long
-# as two launches.
+# Defined by hand and not with `custom_op`, whose checks at every call (aliases, dynamo) take as
+# long as two launches.
 _LIBRARY = torch.library.Library("comet", "FRAGMENT")
 
 

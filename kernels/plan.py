@@ -62,7 +62,7 @@ class Device:
 @functools.cache
 def read_device(index: int) -> Device:
     """Return the properties of CUDA device `index`."""
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     return Device(
         num_sms=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,

@@ -39,11 +39,10 @@ class Layout:
         """Return the offsets for a layer."""
         rows = num_ranks * capacity * hidden * itemsize
         table = capacity * top_k * 4
-        offsets, end = [], _FLAGS_BYTES
-        for size in (rows, rows, table, table):
-            offsets.append(end)
-            end = _aligned(end + size)
-        return cls(*offsets, num_bytes=end)
+        sums = _aligned(_FLAGS_BYTES + rows)
+        ids = _aligned(sums + rows)
+        weights = _aligned(ids + table)
+        return cls(_FLAGS_BYTES, sums, ids, weights, _aligned(weights + table))
 
 
 # In front of the layer's buffers: flags, which must outlive every layout.
