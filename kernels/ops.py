@@ -170,11 +170,9 @@ def _moe_layer_backward(
         d_x, d_weights, parts = portable.all_to_all_backward(
             grad_y, routed, params, math, wanted, group
         )
+        grads = (d_x, d_weights, *weight_gradients(parts, params, wanted))
     else:
-        pre = saved if saved.dim() == 2 else None
-        d_x, d_weights, part = portable.local_backward(grad_y, routed, pre, params, math, wanted)
-        parts = [part]
-    grads = (d_x, d_weights, *weight_gradients(parts, params, wanted))
+        grads = paths.local_backward(grad_y, routed, saved, params, math, wanted)
     return *(x.new_empty(0) if grad is None else grad for grad in grads), _token_out(x, form)
 
 

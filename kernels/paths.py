@@ -21,7 +21,7 @@ from torch import Tensor
 
 from comet_compile.kernels import portable
 from comet_compile.kernels.agreement import AGREEMENTS
-from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs, weight_gradients
 from comet_compile.kernels.grouped import is_grouped_dtype
 from comet_compile.kernels.portable import Routed
 
@@ -31,6 +31,7 @@ class Choice:
     """The path of one layer, and whether running it reads the device on the host."""
 
     is_fused: bool
+    backward_is_fused: bool
     reads_host: bool
     backward_reads_host: bool
     plan: dict[str, Any]
@@ -38,22 +39,34 @@ class Choice:
 
 
 def choose_path(
-    form: str, routed: Routed, params: ExpertParams, math: LayerMath, *, rows: int
+    form: str, routed: Routed, params: ExpertParams, math: LayerMath, *, rows: int, save: str
 ) -> Choice:
     """Return how a layer of these tensors, fake ones included, will run.
 
-    `rows` is the most token rows that any rank receives.
+    `rows` is the most token rows that any rank receives, `save` what the forward keeps.
     """
     dtype, on_gpu = routed.x.dtype, routed.x.device.type == "cuda"
     plan = portable.plan_for(form, rows=rows, hidden=params.w_in.shape[1], dtype=dtype)
     loops = on_gpu and (form == "all_to_all" or not is_grouped_dtype(dtype))
     reason = why_portable(routed, params, math)
     if reason is not None:
-        return Choice(False, loops, loops, {**plan, "why_portable": reason})
+        return Choice(False, False, loops, loops, {**plan, "why_portable": reason})
     gemms = _fused().plan_layer(routed, params, math, num_slots=rows)
     # Ranks on several machines, which only the first run can tell, take the portable path.
     reads_host = form == "all_to_all" and not _on_one_machine()
-    return Choice(True, reads_host, loops, {**gemms.as_dict(), "form": form})
+    backward = _why_backward_portable(form, params, math, save == "pre_activation")
+    plan = {**gemms.as_dict(), "form": form}
+    if backward is not None:
+        plan["why_backward_portable"] = backward
+    return Choice(True, backward is None, reads_host, loops and backward is not None, plan)
+
+
+def _why_backward_portable(
+    form: str, params: ExpertParams, math: LayerMath, saved: bool
+) -> str | None:
+    if form == "all_to_all":
+        return "the fused backward does not reach over ranks"
+    return _fused_backward().why_not(params, math, saved)
 
 
 def _on_one_machine() -> bool:
@@ -97,6 +110,33 @@ def local_forward(
     if not save:
         return y, y.new_empty(0, dtype=routed.x.dtype)
     return y, portable.pad_saved(pre, routed.ids.numel())
+
+
+def local_backward(
+    grad_y: Tensor,
+    routed: Routed,
+    saved: Tensor,
+    params: ExpertParams,
+    math: LayerMath,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
+
+    What `needs` does not ask for is None.
+    """
+    has_rows = saved.dim() == 2
+    if grad_y.device.type == "cuda":
+        known = _look_up(routed, params, math, grad_y.dtype, has_rows)
+        if known is not None and _fused_backward().why_not(params, math, has_rows) is None:
+            number, plan = known
+            key = (number, _describe(grad_y))
+            with _on_device(grad_y.device):
+                return _fused_backward().local_backward(
+                    grad_y, routed, saved, params, math, needs, plan, key
+                )
+    pre = saved if has_rows else None
+    d_x, d_weights, part = portable.local_backward(grad_y, routed, pre, params, math, needs)
+    return d_x, d_weights, *weight_gradients([part], params, needs)
 
 
 def why_portable_here(
@@ -216,6 +256,12 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object
     if device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def _fused_backward() -> ModuleType:
+    from comet_compile.kernels import fused_backward
+
+    return fused_backward
 
 
 def _fused_exchange() -> ModuleType:

@@ -9,6 +9,7 @@ Example with block_m = 2, three experts, ids [[0, 2], [2, 2], [0, 9]] (9 is a st
 
     slot of row   0  4 | 1  2 | 3 -1        row of slot   0  2  3  4  1 -1
     expert of tile  0      2      2         num_tiles     3      first_row  0  2  4
+    end_tile  1  1  3
 
 Legend: T tokens, A experts per token, S = T*A slots, L experts, M tiles, R = M * block_m rows, NB
 blocks of slots, P turns, E_P experts and one bin for strays, rounded up to a power of two.
@@ -38,6 +39,7 @@ class TileRouting:
     expert_M: Tensor  # [M] int32, the expert of each tile
     first_row_M: Tensor  # [M] int32, where the tile's rows begin if nothing is padded
     num_tiles: Tensor  # [1] int32
+    end_tile_L: Tensor  # [L] int32, where the tiles of each expert end
     block_m: int
     order_M: Tensor | None = None  # [M] int32, the tiles in the order of their turns
     turn_M: Tensor | None = None  # [M] int32, the turn of the i-th tile in that order
@@ -59,6 +61,7 @@ def route_tiles(
     routing = empty_routing(num_slots, num_experts, block_m, ids_TA.device)
     if num_slots == 0:
         routing.num_tiles.zero_()
+        routing.end_tile_L.zero_()
         return routing
     bins, block = count_bins(num_experts), slots_per_block(num_slots)
     num_blocks = div_up(num_slots, block)
@@ -86,11 +89,13 @@ def empty_routing(
     """Return tables to be filled for any routing of that many slots."""
     num_tiles = max_tiles(num_slots, num_experts, block_m)
     # one allocation, cut where addresses stay multiples of 16 bytes
-    sizes = (num_tiles * block_m, num_slots, num_tiles, num_tiles, 1)
+    sizes = (num_tiles * block_m, num_slots, num_tiles, num_tiles, 1, num_experts)
     padded = [-(-size // 4) * 4 for size in sizes]
     tables = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
-    slot_R, row_S, expert_M, first_row_M, count = tables
-    return TileRouting(slot_R, row_S[:num_slots], expert_M, first_row_M, count[:1], block_m)
+    slot_R, row_S, expert_M, first_row_M, count, ends = tables
+    return TileRouting(
+        slot_R, row_S[:num_slots], expert_M, first_row_M, count[:1], ends[:num_experts], block_m
+    )
 
 
 def count_bins(num_experts: int) -> int:
@@ -126,6 +131,7 @@ def place_slots(
         routing.expert_M,
         routing.first_row_M,
         routing.num_tiles,
+        routing.end_tile_L,
         num_slots,
         num_blocks,
         L=num_experts,
@@ -209,6 +215,7 @@ def place_slots_kernel(
     expert_M_ptr,
     first_row_M_ptr,
     num_tiles_ptr,
+    end_tile_L_ptr,
     num_slots,
     num_blocks,
     L: tl.constexpr,
@@ -270,6 +277,7 @@ def place_slots_kernel(
     # The rest is shared out: the rows of padding, and the tiles.
     if block == 0:
         tl.store(num_tiles_ptr, num_tiles)
+        tl.store(end_tile_L_ptr + experts, end_tile, mask=experts < L)
     for first in range(block * PIECE, L * BM, num_blocks * PIECE):
         piece = first + tl.arange(0, PIECE)
         expert = piece // BM

@@ -15,7 +15,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -156,7 +156,7 @@ class _Session:
             where=where,
             plan={**path.plan, "save": rewritten.forward.kwargs["save"]},
             estimate=work,
-            backward="none" if gradients is None else "portable",
+            backward=_backward_path(gradients, path),
             before=before,
             after=after,
         )
@@ -293,12 +293,25 @@ def _raise_refused(regions: list[records.RegionRecord]) -> None:
         )
 
 
+def _backward_path(
+    gradients: Gradients | None, path: paths.Choice
+) -> Literal["fused", "portable", "none"]:
+    if gradients is None:
+        return "none"
+    return "fused" if path.backward_is_fused else "portable"
+
+
 def _choose_path(layer: Layer, rewritten: Rewritten, rows: int) -> paths.Choice:
     """How the new op will run, from the fake tensors that it is given."""
     tensors: list[Any] = [None if n is None else val(n) for n in rewritten.forward.args[:9]]
     math = LayerMath(layer.activation, layer.weight_place, layer.product_dtype)
     return paths.choose_path(
-        layer.form.name, Routed(*tensors[:3]), ExpertParams(*tensors[3:]), math, rows=rows
+        layer.form.name,
+        Routed(*tensors[:3]),
+        ExpertParams(*tensors[3:]),
+        math,
+        rows=rows,
+        save=rewritten.forward.kwargs["save"],
     )
 
 

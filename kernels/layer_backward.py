@@ -1,0 +1,386 @@
+"""The kernels of a layer's backward on one device.
+
+With g = the gradient of y, rows r of slots (t, j) and experts e as in `layer0`:
+
+    d_h[r]   = g[t] @ w_out[e]^T                         grad_hidden, epilogue from here
+    d_w[t,j] = d_h[r] . h[r]                             (partial sums by column tile)
+    d_pre[r] = act'(pre[r], w * d_h[r]),  wh[r] = w * h[r]
+    d_x[t]   = sum_j d_pre[row(t, j)] @ w_in[e]^T        layer1.gemm_rows, layer1.sum_slots
+    d_w_in[e]  = sum_r x[t]^T d_pre[r]                   grad_weight
+    d_w_out[e] = sum_r wh[r]^T g[t]                      grad_weight
+
+w is the routing weight where it multiplies "between" or "after" (the two have the same gradients,
+since w (h @ w_out) = (w h) @ w_out), else 1. Sums are in float32 and in a fixed order. Rows of
+padding are written as zeros, so that the weight gradients may read them.
+
+Legend: T tokens, A experts per token, S = T*A slots, R tile rows, M tiles, L experts, H model dim,
+I expert intermediate dim, N columns of the in-projection, Q columns of a weight gradient's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from comet_compile.kernels.epilogue import activate, activate_backward
+from comet_compile.kernels.expert_weights import view_weight
+from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch
+from comet_compile.kernels.layer0 import tile_of
+from comet_compile.kernels.plan import GemmTiles
+from comet_compile.kernels.route_tiles import TileRouting
+
+
+def grad_hidden(
+    grad_TH: Tensor,
+    saved_SN: Tensor,
+    weights_TA: Tensor | None,
+    routing: TileRouting,
+    params: ExpertParams,
+    math: LayerMath,
+    tiles: GemmTiles,
+    top_k: int,
+    key: Hashable | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (d_pre [R, N], wh [R, I], d_w partial sums [I / block_n, R] float32).
+
+    The columns of d_pre are those of `saved_SN`: halves, or interleaved.
+    """
+    act = math.activation
+    num_rows, columns = routing.slot_R.shape[0], saved_SN.shape[1]
+    inter, hidden = params.w_out.shape[1:]
+    d_pre_RN = saved_SN.new_empty(num_rows, columns)
+    wh_RI = saved_SN.new_empty(num_rows, inter)
+    num_n = div_up(inter, tiles.block_n)
+    d_w = torch.empty(num_n, num_rows, dtype=torch.float32, device=saved_SN.device)
+    if num_rows == 0:
+        return d_pre_RN, wh_RI, d_w
+    view = view_weight(params.w_out.transpose(1, 2))
+    interleaved = act.interleaved and params.w_up is None
+    quarter = tiles.block_n // 4
+    box = (tiles.block_m, 2 * quarter if interleaved else quarter)
+    launch(
+        grad_hidden_kernel,
+        full_grid(tiles.num_programs),
+        key,
+        grad_TH,
+        view.descriptor(tiles.block_n, tiles.block_k),
+        # halves are stored one by one, each clipped where the other begins
+        descriptor(d_pre_RN, (num_rows, columns), (columns, 1), box)
+        if interleaved or not act.gated
+        else descriptor(d_pre_RN, (num_rows, inter), (columns, 1), box),
+        descriptor(d_pre_RN[:, inter:], (num_rows, inter), (columns, 1), box)
+        if act.gated and not interleaved
+        else None,
+        descriptor(wh_RI, (num_rows, inter), (inter, 1), (tiles.block_m, quarter)),
+        d_w,
+        saved_SN,
+        routing.slot_R,
+        routing.expert_M,
+        routing.first_row_M,
+        routing.num_tiles,
+        weights_TA,
+        num_rows,
+        grad_TH.stride(0),
+        0.0 if act.alpha is None else act.alpha,
+        0.0 if act.limit is None else act.limit,
+        TOP_K=top_k,
+        H=hidden,
+        I=inter,
+        BM=tiles.block_m,
+        BN=tiles.block_n,
+        BK=tiles.block_k,
+        GROUP_M=tiles.group_m,
+        INTERLEAVED=interleaved,
+        K_CONTIGUOUS=view.k_contiguous,
+        KIND=act.kind,
+        GATED=act.gated,
+        UP_FIRST=act.up_first,
+        CLAMP=act.limit is not None,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return d_pre_RN, wh_RI, d_w
+
+
+def grad_scores(
+    d_w: Tensor, row_S: Tensor, dtype: torch.dtype, key: Hashable | None = None
+) -> Tensor:
+    """Return [S] in `dtype`, the gradients of the routing weights; 0 for a slot without a row."""
+    out_S = torch.empty(row_S.shape[0], dtype=dtype, device=row_S.device)
+    if out_S.numel():
+        launch(
+            grad_scores_kernel,
+            full_grid(div_up(out_S.numel(), 256)),
+            key,
+            d_w,
+            row_S,
+            out_S,
+            out_S.numel(),
+            d_w.shape[1],
+            NUM_N=d_w.shape[0],
+            BLOCK=256,
+        )
+    return out_S
+
+
+def grad_weight(
+    tokens_TH: Tensor,
+    rows_RQ: Tensor,
+    out_LHQ: Tensor,
+    routing: TileRouting,
+    tiles: GemmTiles,
+    top_k: int,
+    key: Hashable | None = None,
+) -> None:
+    """Fill `out_LHQ` [L, H, Q] with the sum over an expert's rows of tokens^T [H] rows [Q].
+
+    `out_LHQ` has H or Q contiguous. `rows_RQ` may be columns of a wider tensor.
+    """
+    num_experts, hidden, num_q = out_LHQ.shape
+    h_contiguous = out_LHQ.stride(1) == 1 and out_LHQ.stride(2) != 1
+    memory = out_LHQ.transpose(1, 2) if h_contiguous else out_LHQ
+    num_rows = rows_RQ.shape[0]
+    if num_rows == 0:
+        out_LHQ.zero_()
+        return
+    block_k = min(tiles.block_k, routing.block_m)
+    box = (tiles.block_n, tiles.block_m) if h_contiguous else (tiles.block_m, tiles.block_n)
+    launch(
+        grad_weight_kernel,
+        full_grid(tiles.num_programs),
+        (key, rows_RQ.stride(0), num_q, h_contiguous) if key is not None else None,
+        tokens_TH,
+        descriptor(rows_RQ, rows_RQ.shape, rows_RQ.stride(), (block_k, tiles.block_n)),
+        descriptor(memory, memory.shape, memory.stride(), (1, *box)),
+        routing.slot_R,
+        routing.end_tile_L,
+        tokens_TH.stride(0),
+        num_experts,
+        TOP_K=top_k,
+        H=hidden,
+        Q=num_q,
+        BM=routing.block_m,
+        BH=tiles.block_m,
+        BQ=tiles.block_n,
+        BK=block_k,
+        H_CONTIGUOUS=h_contiguous,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+@triton.jit
+def grad_hidden_kernel(
+    grad_ptr,  # [T, H], rows stride_grad apart
+    w_desc,  # [1, L, I, H] or [1, L, H, I]
+    d_first_desc,  # [R, I], or [R, N] of the interleaved pair
+    d_second_desc,  # [R, I] or None
+    wh_desc,  # [R, I]
+    d_w_ptr,  # [I / BN, R]
+    saved_ptr,  # [S, N]
+    slot_R_ptr,
+    expert_M_ptr,
+    first_row_M_ptr,
+    num_tiles_ptr,
+    weights_ptr,  # [S] or None
+    num_rows,
+    stride_grad,
+    alpha,
+    limit,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    UP_FIRST: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    """Grid and order: as in `layer0.gather_gemm_act_kernel`."""
+    num_m = tl.load(num_tiles_ptr)
+    num_n: tl.constexpr = (I + BN - 1) // BN
+    offs_k = tl.arange(0, BK)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
+        expert = tl.load(expert_M_ptr + tile_m)
+        slot = tl.load(slot_R_ptr + tile_m * BM + tl.arange(0, BM))
+        is_row = slot >= 0
+        token = tl.maximum(slot, 0) // TOP_K
+        grad_ptrs = grad_ptr + token[:, None].to(tl.int64) * stride_grad + offs_k[None, :]
+        d_h = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, H, BK):
+            if H % BK == 0:
+                grad = tl.load(grad_ptrs)
+            else:
+                grad = tl.load(grad_ptrs, mask=(k + offs_k)[None, :] < H, other=0.0)
+            if K_CONTIGUOUS:
+                w = w_desc.load([0, expert, start_n, k]).reshape(BN, BK).T
+            else:
+                w = w_desc.load([0, expert, k, start_n]).reshape(BK, BN)
+            d_h = tl.dot(grad, w, d_h)
+            grad_ptrs += BK
+
+        row = tl.load(first_row_M_ptr + tile_m) + tl.arange(0, BM)
+        scale = tl.full((BM,), 1.0, tl.float32)
+        if weights_ptr is not None:
+            scale = tl.load(weights_ptr + tl.maximum(slot, 0), mask=is_row, other=0.0)
+            scale = scale.to(tl.float32)
+        # A quarter of the columns at a time: all of them at once would not fit into registers.
+        QUARTER: tl.constexpr = BN // 4
+        left, right = d_h.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        d_h_0, d_h_1 = left.reshape(BM, 2, QUARTER).permute(0, 2, 1).split()
+        d_h_2, d_h_3 = right.reshape(BM, 2, QUARTER).permute(0, 2, 1).split()
+        d_w = tl.zeros((BM,), tl.float32)
+        for quarter in tl.static_range(4):
+            if quarter == 0:
+                part = d_h_0
+            elif quarter == 1:
+                part = d_h_1
+            elif quarter == 2:
+                part = d_h_2
+            else:
+                part = d_h_3
+            d_w += _grad_columns(
+                part, tile_m * BM, start_n + quarter * QUARTER, d_first_desc, d_second_desc,
+                wh_desc, saved_ptr, row, is_row, scale, alpha, limit, I, BM, QUARTER, INTERLEAVED,
+                KIND, GATED, UP_FIRST, CLAMP,
+            )  # fmt: skip
+        if weights_ptr is not None:
+            rows = (start_n // BN) * num_rows.to(tl.int64) + tile_m * BM + tl.arange(0, BM)
+            tl.store(d_w_ptr + rows, d_w)
+
+
+@triton.jit
+def _grad_columns(
+    d_h,  # [BM, BN] float32
+    start_row,
+    start_n,
+    d_first_desc,
+    d_second_desc,
+    wh_desc,
+    saved_ptr,
+    row,
+    is_row,
+    scale,
+    alpha,
+    limit,
+    I: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    UP_FIRST: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    """Store d_pre and wh of some columns; return their part of each row's d_w."""
+    N: tl.constexpr = 2 * I if GATED else I
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
+    DISTANCE: tl.constexpr = 1 if INTERLEAVED else I
+    offs_n = start_n + tl.arange(0, BN)
+    mask = is_row[:, None] & (offs_n < I)[None, :]
+    ptrs = saved_ptr + row[:, None].to(tl.int64) * N + (offs_n * STEP)[None, :]
+    first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        second = tl.load(ptrs + DISTANCE, mask=mask, other=0.0).to(tl.float32)
+    else:
+        second = first
+    d_h = tl.where(mask, d_h, 0.0)
+    h = tl.where(mask, activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP), 0.0)
+    d_w = tl.sum(d_h * h, 1)
+    wh_desc.store([start_row, start_n], (h * scale[:, None]).to(wh_desc.dtype))
+    d_first, d_second = activate_backward(
+        d_h * scale[:, None], first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP
+    )
+    if INTERLEAVED:
+        d_pre = tl.join(d_first, d_second).reshape(BM, 2 * BN)
+        d_first_desc.store([start_row, 2 * start_n], d_pre.to(wh_desc.dtype))
+    else:
+        d_first_desc.store([start_row, start_n], d_first.to(wh_desc.dtype))
+        if GATED:
+            d_second_desc.store([start_row, start_n], d_second.to(wh_desc.dtype))
+    return d_w
+
+
+@triton.jit
+def grad_scores_kernel(
+    d_w_ptr,  # [NUM_N, R]
+    row_S_ptr,
+    out_ptr,  # [S]
+    num_slots,
+    num_rows,
+    NUM_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the column tiles' parts of the routing weights' gradients. Grid: blocks of slots."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_S_ptr + slot, mask=slot < num_slots, other=-1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile_n in range(NUM_N):
+        parts = d_w_ptr + tile_n * num_rows.to(tl.int64) + row
+        total += tl.load(parts, mask=row >= 0, other=0.0)
+    tl.store(out_ptr + slot, total.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
+
+
+@triton.jit
+def grad_weight_kernel(
+    tokens_ptr,  # [T, H], rows stride_tokens apart
+    rows_desc,  # [R, Q]
+    out_desc,  # [L, Q, H] or [L, H, Q]
+    slot_R_ptr,
+    end_tile_L_ptr,
+    stride_tokens,
+    num_experts,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    Q: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    H_CONTIGUOUS: tl.constexpr,
+):
+    """Grid: as many programs as fit, each taking every num_programs-th tile of all experts.
+
+    Order: expert by expert, H fastest, so that the programs beside each other share an expert's
+    rows in L2. BK rows at a time; BK divides BM, so no step crosses into the next expert.
+    """
+    num_h: tl.constexpr = (H + BH - 1) // BH
+    num_q: tl.constexpr = (Q + BQ - 1) // BQ
+    for tile in tl.range(tl.program_id(0), num_experts * num_h * num_q, tl.num_programs(0)):
+        expert = tile // (num_h * num_q)
+        inside = tile % (num_h * num_q)
+        start_h = (inside % num_h) * BH
+        start_q = (inside // num_h) * BQ
+        end = tl.load(end_tile_L_ptr + expert) * BM
+        begin = tl.load(end_tile_L_ptr + tl.maximum(expert, 1) - 1) * BM
+        begin = tl.where(expert == 0, 0, begin)
+        offs_h = start_h + tl.arange(0, BH)
+        acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
+        for row in tl.range(begin, end, BK):
+            slot = tl.load(slot_R_ptr + row + tl.arange(0, BK))
+            token = tl.maximum(slot, 0) // TOP_K
+            ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + offs_h[None, :]
+            mask = (slot >= 0)[:, None]
+            if H % BH != 0:
+                mask = mask & (offs_h < H)[None, :]
+            tokens = tl.load(ptrs, mask=mask, other=0.0)
+            rows = rows_desc.load([row, start_q])
+            if H_CONTIGUOUS:
+                acc = tl.dot(rows.T, tokens, acc)
+            else:
+                acc = tl.dot(tokens.T, rows, acc)
+        if H_CONTIGUOUS:
+            out_desc.store([expert, start_q, start_h], acc.to(out_desc.dtype).reshape(1, BQ, BH))
+        else:
+            out_desc.store([expert, start_h, start_q], acc.to(out_desc.dtype).reshape(1, BH, BQ))
