@@ -82,9 +82,18 @@ def hidden_tiles(plan: Plan) -> GemmTiles:
 
 
 def weight_tiles(plan: Plan) -> GemmTiles:
-    """Return the tiling of the weight gradients: wide both ways, whatever the rows' tiles are."""
+    """Return the tiling of the weight gradients, whatever the rows' tiles are.
+
+    Two programs of four warps share a multiprocessor: one loads while the other multiplies.
+    """
     return dataclasses.replace(
-        plan.layer1, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3
+        plan.layer1,
+        block_m=128,
+        block_n=128,
+        block_k=64,
+        num_warps=4,
+        num_stages=3,
+        num_programs=2 * plan.num_sms,
     )
 
 

@@ -291,10 +291,9 @@ def _grad_columns(
     mask = is_row[:, None] & (offs_n < I)[None, :]
     ptrs = saved_ptr + row[:, None].to(tl.int64) * N + (offs_n * STEP)[None, :]
     first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    second = first
     if GATED:
         second = tl.load(ptrs + DISTANCE, mask=mask, other=0.0).to(tl.float32)
-    else:
-        second = first
     d_h = tl.where(mask, d_h, 0.0)
     h = tl.where(mask, activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP), 0.0)
     d_w = tl.sum(d_h * h, 1)
@@ -376,10 +375,7 @@ def grad_weight_kernel(
                 mask = mask & (offs_h < H)[None, :]
             tokens = tl.load(ptrs, mask=mask, other=0.0)
             rows = rows_desc.load([row, start_q])
-            if H_CONTIGUOUS:
-                acc = tl.dot(rows.T, tokens, acc)
-            else:
-                acc = tl.dot(tokens.T, rows, acc)
+            acc = tl.dot(rows.T, tokens, acc) if H_CONTIGUOUS else tl.dot(tokens.T, rows, acc)
         if H_CONTIGUOUS:
             out_desc.store([expert, start_q, start_h], acc.to(out_desc.dtype).reshape(1, BQ, BH))
         else:

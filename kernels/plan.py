@@ -45,6 +45,11 @@ class Plan:
         """Rows of a tile."""
         return self.layer0.block_m
 
+    @property
+    def num_sms(self) -> int:
+        """Multiprocessors of the device planned for."""
+        return self.layer0.num_programs
+
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for reports."""
         return {"path": "fused", **dataclasses.asdict(self)}
