@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
 from comet_compile.passes.graph_view import (
+    ancestors,
     dependents,
     is_float,
     is_integer,
@@ -56,7 +58,7 @@ def candidates(
     seen_shape = False
     for y in outputs:
         for x in tokens:
-            if not same_size(numel(val(x).shape[:-1]), numel(val(y).shape[:-1])):
+            if not _may_be_as_many(numel(val(y).shape[:-1]), numel(val(x).shape[:-1])):
                 continue
             seen_shape = True
             for found in _cuts(pair, x, y, order):
@@ -78,6 +80,17 @@ def candidates(
     else:
         detail = f"no integer tensor cuts off the routing of {pair.out.node.name}"
         yield best or Rejection(RejectReason.NO_EXPERT_IDS, detail)
+
+
+def _may_be_as_many(num_rows: Any, num_tokens: Any) -> bool:
+    """Whether an output of `num_rows` may hold one row per token.
+
+    The number of rows that come back from other ranks is known at run time; adding or multiplying
+    them with a value per token settles it, except for one token, which broadcasts.
+    """
+    if same_size(num_rows, num_tokens):
+        return True
+    return same_size(num_tokens, 1) and not isinstance(num_rows, int)
 
 
 def _cuts(
@@ -144,7 +157,7 @@ def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | Reject
                 numbers.append(node)
                 continue
             return None
-        table = _bias_table(node, num_experts)
+        table = _bias_table(node, num_experts, cut)
         if table is not None:
             if table not in biases:
                 biases.append(table)
@@ -157,11 +170,19 @@ def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | Reject
     return _Closure(nodes, tuple(biases))
 
 
-def _bias_table(node: fx.Node, num_experts: int) -> fx.Node | None:
+def _bias_table(node: fx.Node, num_experts: int, cut: set[fx.Node]) -> fx.Node | None:
+    """The table [L, columns] that `node` picks lines of.
+
+    Tokens and rows have that shape too where there are as many as experts: what follows from the
+    region's inputs is no table.
+    """
     if node.target is not aten.index.Tensor:
         return None
     table, indices = node.args
     if val(table).ndim != 2 or not is_float(table) or len(indices) != 1:
         return None
     size = val(table).shape[0]
-    return table if isinstance(size, int) and size == num_experts else None
+    if not isinstance(size, int) or size != num_experts:
+        return None
+    follows = not cut.isdisjoint(ancestors([table], stop=cut.__contains__))
+    return None if follows else table

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from comet_compile.kernels.activation import Activation
-from comet_compile.passes.graph_view import dependents, val
+from comet_compile.passes.graph_view import dependents, is_tensor, val
 from comet_compile.passes.identify import identify
 from comet_compile.passes.instance import Form, Instance, Roles, close, outputs, samples
 from comet_compile.passes.legality import check_layout, check_size, form_of
@@ -104,7 +104,7 @@ def weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
         return "after", val(pair.out.node).dtype
     weighted = dependents([candidate.weights], candidate.nodes)
     rows = dependents([candidate.x, *pair.stacks], candidate.nodes)
-    join = next(n for n in candidate.nodes if n in weighted and n in rows)
+    join = next(n for n in candidate.nodes if n in weighted and n in rows and is_tensor(n))
     after_join = dependents([join], candidate.nodes)
     dtype = val(join).dtype
     if any(gemm.node in after_join for gemm in pair.ins):
