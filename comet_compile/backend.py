@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from comet_compile import capture, dump, repair
+from comet_compile import capture, dump, fallback_gemm, repair
 from comet_compile.config import CometConfig
 from comet_compile.errors import OptionError
 from comet_compile.kernels.agreement import AGREEMENTS
@@ -42,6 +42,7 @@ def comet(
         AGREEMENTS.set_timeout(config.agreement_timeout)
         if repair.needs_repair():
             repair.repair_autograd_functions(gm)
+        fallback_gemm.make_backward_traceable(gm)
         patches |= _pass_patches(config, patches)
         if _has_collectives(gm):
             # the order of communication must be the graph's on every rank, whatever their sizes

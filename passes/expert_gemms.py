@@ -1,9 +1,9 @@
 """Find expert GEMMs, and the pairs of them that make a layer.
 
-An expert GEMM is `aten._grouped_mm` of rows with a stack of matrices, or `aten.bmm` whose one
-operand was gathered from a stack by index (one matrix per row). Those whose results reach another
-one's rows through row-local operations are its in-projections: one, or two for separate gate and
-up.
+An expert GEMM is `aten._grouped_mm` of rows with a stack of matrices, the op that transformers has
+for experts that are not bfloat16, or `aten.bmm` whose one operand was gathered from a stack by
+index (one matrix per row). Those whose results reach another one's rows through row-local
+operations are its in-projections: one, or two for separate gate and up.
 """
 
 from __future__ import annotations
@@ -11,12 +11,21 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from comet_compile.passes.graph_view import ancestors, is_float, is_integer, val
+from comet_compile.passes.graph_view import (
+    ancestors,
+    is_float,
+    is_integer,
+    schema_name,
+    val,
+)
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.region import ExpertGemm, ExpertPair
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+
+# (rows [S, K], stack [E, K, N], ends [E]) -> [S, N]; known by name, since transformers registers it
+GROUPED_MM_FALLBACK = "transformers::grouped_mm_fallback"
 
 
 def find_pairs(
@@ -50,7 +59,7 @@ def find_pairs(
 
 
 def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
-    if node.target is aten._grouped_mm.default:
+    if node.target is aten._grouped_mm.default or schema_name(node) == GROUPED_MM_FALLBACK:
         rows, stack = node.args[0], node.args[1]
         if val(rows).ndim == 2 and val(stack).ndim == 3:
             return ExpertGemm(node, rows, stack, transposed=False)

@@ -32,12 +32,23 @@ def is_float(node: fx.Node) -> bool:
     return is_tensor(node) and val(node).is_floating_point()
 
 
+def widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether every number of the floating-point type `narrow` is one of `wide`."""
+    a, b = torch.finfo(narrow), torch.finfo(wide)
+    return a.eps >= b.eps and a.max <= b.max and a.smallest_normal >= b.smallest_normal
+
+
 def is_integer(node: fx.Node) -> bool:
     return is_tensor(node) and not val(node).is_floating_point() and val(node).dtype != torch.bool
 
 
 def is_collective(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+def schema_name(node: fx.Node) -> str:
+    """``namespace::name`` of the operation that a node calls; "" for what is no torch operation."""
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def is_known_size(node: fx.Node) -> bool:

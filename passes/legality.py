@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from comet_compile.passes.graph_view import concrete, numel, val
+from comet_compile.passes.graph_view import concrete, numel, val, widens
 from comet_compile.passes.instance import Form
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.region import Candidate, collectives
@@ -52,8 +52,9 @@ def check_layout(candidate: Candidate) -> Rejection | None:
         if val(stack).dtype not in _DTYPES:
             detail = f"{stack.name} is {val(stack).dtype}"
             return Rejection(RejectReason.UNSUPPORTED_DTYPE, detail)
-    if any(val(n).dtype != dtype for n in (*pair.stacks, candidate.x)):
-        detail = f"{candidate.x.name} and the expert stacks differ in dtype"
+    same = all(val(n).dtype == dtype for n in (*pair.stacks, *candidate.biases))
+    if not same or not widens(val(candidate.x).dtype, dtype):
+        detail = f"{candidate.x.name}, the expert stacks and their biases differ in dtype"
         return Rejection(RejectReason.UNSUPPORTED_DTYPE, detail)
     shapes = [val(s).shape for s in pair.stacks]
     if not all(isinstance(size, int) for shape in shapes for size in shape):

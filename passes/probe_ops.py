@@ -38,12 +38,22 @@ prims = torch.ops.prims
 Handler = Callable[..., Any]
 # operation -> what it does to probes; filled here, in probe_moves and in probe_products
 HANDLERS: dict[Any, Handler] = {}
+# operations of other libraries, by name: they need not be registered here
+NAMED_HANDLERS: dict[str, Handler] = {}
 
 
 def handles(*packets: Any) -> Callable[[Handler], Handler]:
     def register(fn: Handler) -> Handler:
         for packet in packets:
             HANDLERS[packet] = fn
+        return fn
+
+    return register
+
+
+def handles_named(name: str) -> Callable[[Handler], Handler]:
+    def register(fn: Handler) -> Handler:
+        NAMED_HANDLERS[name] = fn
         return fn
 
     return register
@@ -59,6 +69,9 @@ def apply(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return target(*args, **kwargs)
     if not isinstance(target, torch._ops.OpOverload):
         raise Untracked(f"{getattr(target, '__name__', target)} is not an ATen operation")
+    named = NAMED_HANDLERS.get(target._schema.name)
+    if named is not None:
+        return named(*args, **kwargs)
     packet = target.overloadpacket
     leaves = pytree.tree_leaves((args, kwargs))
     tracked = any(isinstance(leaf, Probe) for leaf in leaves)

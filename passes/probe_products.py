@@ -23,7 +23,7 @@ from comet_compile.passes.probe import (
     support_of,
     zero_outside,
 )
-from comet_compile.passes.probe_ops import HANDLERS, Handler, handles
+from comet_compile.passes.probe_ops import HANDLERS, Handler, handles, handles_named
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -233,3 +233,34 @@ def grouped_mm(
         if end > start:
             out[start:end] = a[start:end] @ b[expert]
     return make(out, (support_of(left, 0), support_of(right, 2)))
+
+
+@handles_named("transformers::grouped_mm_fallback")
+def _grouped_mm_fallback(rows: Value, stack: Value, offs: torch.Tensor) -> Value:
+    """As aten._grouped_mm, but rows that no group owns are zero."""
+    out = grouped_mm(rows, stack, offs)
+    return _without_tail(out, offs)
+
+
+@handles_named("transformers::grouped_mm_fallback_backward")
+@handles_named("comet::grouped_mm_fallback_backward")
+def _grouped_mm_fallback_backward(
+    rows: Value, stack: Value, offs: torch.Tensor, grad: Value
+) -> tuple[Value, Value]:
+    """Gradients of the rows (zero where no group owns them) and of the stack."""
+    grad_rows = grouped_mm(grad, _swapped(stack, 1, 2), offs)
+    return _without_tail(grad_rows, offs), grouped_mm(_swapped(rows, 0, 1), grad, offs)
+
+
+def _swapped(value: Value, a: int, b: int) -> Value:
+    """`value` with two dimensions exchanged."""
+    if isinstance(value, Probe):
+        swapped: Value = HANDLERS[aten.transpose](value, a, b)
+        return swapped
+    return value.transpose(a, b)
+
+
+def _without_tail(rows: Value, offs: torch.Tensor) -> Value:
+    data = rows.data if isinstance(rows, Probe) else rows
+    data[int(offs[-1]) if offs.numel() else 0 :] = 0
+    return rows

@@ -168,6 +168,9 @@ def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
     x = candidate.x
     if val(x).ndim != 2:
         x = emit.view(x, [-1, pair.ins[0].in_features])
+    if val(x).dtype != val(pair.out.stack).dtype:
+        # float32 experts under autocast: the rows were widened after they were moved
+        x = emit.call(prims.convert_element_type.default, x, val(pair.out.stack).dtype)
     slots = [-1, candidate.top_k]
     ids = _matrix(emit, candidate.ids, slots)
     weights = None if candidate.weights is None else _matrix(emit, candidate.weights, slots)

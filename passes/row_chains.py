@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from comet_compile.passes.graph_view import is_float, is_tensor, is_value, same_size, val
+from comet_compile.passes.graph_view import (
+    is_float,
+    is_tensor,
+    is_value,
+    same_size,
+    val,
+    widens,
+)
 from comet_compile.passes.region import ExpertPair
 
 aten = torch.ops.aten
@@ -53,12 +60,16 @@ def token_chain(pair: ExpertPair) -> list[fx.Node]:
     chain: list[fx.Node] = []
     node: fx.Node | None = pair.ins[0].rows
     features = pair.ins[0].in_features
+    dtypes: set[torch.dtype] = set()
     while node is not None:
-        if is_float(node) and val(node).ndim >= 2 and same_size(val(node).shape[-1], features):
-            chain.append(node)
+        if is_float(node):
+            dtypes.add(val(node).dtype)
+            fits = val(node).ndim >= 2 and same_size(val(node).shape[-1], features)
+            # the op takes tokens in the rows' dtype: widened before they are moved, not behind
+            if fits and all(widens(val(node).dtype, dtype) for dtype in dtypes):
+                chain.append(node)
         node = _main_source(node)
-    dtype = val(pair.ins[0].rows).dtype
-    chain = [node for node in reversed(chain) if val(node).dtype == dtype]
+    chain.reverse()
     return sorted(chain, key=lambda n: val(n).ndim != 2)
 
 

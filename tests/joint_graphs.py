@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from comet_compile import repair
+from comet_compile import fallback_gemm, repair
 from comet_compile.config import CometConfig
 from comet_compile.passes.moe_pass import MoePass
 
@@ -90,6 +90,7 @@ def _capture(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if repair.needs_repair():
             repair.repair_autograd_functions(gm)
+        fallback_gemm.make_backward_traceable(gm)
         return compile_fx(gm, example_inputs, inner_compile=_eager, config_patches=patches)
 
     torch._dynamo.reset()

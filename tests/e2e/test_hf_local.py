@@ -102,6 +102,28 @@ def test_frozen_experts() -> None:
     harness.assert_all_match(got, ref, eager, "frozen experts")
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_float32_experts(name: str, autocast: bool, train: bool) -> None:
+    """transformers has an op of its own for experts that are not bfloat16."""
+    block = hf.moe_block(name, dtype=torch.float32)
+    x = hf.hidden_states(name, dtype=torch.float32)
+    reference = hf.moe_block(name, "batched_mm", torch.float64)
+    reference.load_state_dict(block.state_dict())
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return block(x)
+
+    ref = harness.results(reference, reference, x.double(), train)
+    eager = harness.results(block, call, x, train)
+    with harness.fresh_compilation():
+        got = harness.results(block, torch.compile(call, backend=harness.BACKEND), x, train)
+        harness.assert_rewritten(harness.snapshot(block), 1, train=train)
+    harness.assert_all_match(got, ref, eager, f"{name} in float32")
+
+
 class _Logits(nn.Module):
     """The model without a key-value cache, called with one positional tensor."""
 
