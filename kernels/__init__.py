@@ -1,8 +1,16 @@
 """The ops of comet_compile, their plain PyTorch twins and what runs them.
 
-`ops` registers ``comet::moe_layer`` and its backward; the passes reach nothing else. `refs` is what
-they mean, `portable` (with `routing`, `grouped`, `experts`, `exchange`) what runs on any device and
-process group, `agreement` what keeps ranks from running different plans.
+`ops` registers ``comet::moe_layer`` and its backward; the passes reach nothing else but `paths`,
+which says for given tensors how a layer will run. `refs` is what the ops mean.
+
+- any device and process group: `portable`, with `routing`, `grouped`, `experts`, `exchange`;
+- one GPU: `fused` (`route_tiles`, then `layer0`, then `layer1`) and `fused_backward`
+  (`layer_backward`), with `plan`, `expert_weights`, `epilogue`, `launch`;
+- GPUs of one machine: `fused_exchange` (`exchange_kernels`, `layer0_exchange`), with `workspace`,
+  `sync`, `links`, `board`;
+- `agreement` keeps ranks from running different plans.
+
+Everything that imports Triton is imported when a GPU first needs it.
 """
 
 # Installed under another name, the ops would be registered twice; torch takes the last silently.
