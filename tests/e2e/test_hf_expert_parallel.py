@@ -30,6 +30,20 @@ def _block(rank: int, world_size: int, name: str) -> None:
         harness.assert_rewritten(outcome, 1, train=train)
 
 
+def test_as_many_tokens_as_experts() -> None:
+    run_ranks(_as_many_tokens_as_experts, 2, timeout=TIMEOUT)
+
+
+def _as_many_tokens_as_experts(rank: int, world_size: int) -> None:
+    block = hf_ep.moe_block("gpt_oss")
+    reference = hf.moe_block("gpt_oss").float()
+    for tokens in (hf.NUM_EXPERTS // world_size, hf.NUM_EXPERTS):
+        outcome = harness.compile_and_compare(
+            block, [hf.hidden_states("gpt_oss", 1, tokens)], train=True, reference=reference
+        )
+        harness.assert_rewritten(outcome, 1, train=True)
+
+
 def test_causal_lm() -> None:
     run_ranks(_causal_lm, 2, timeout=TIMEOUT)
 
