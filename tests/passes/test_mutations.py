@@ -60,6 +60,11 @@ def _two_layers() -> nn.Module:
     return nn.Sequential(near_misses.LocalMoE(), near_misses.LocalMoE())
 
 
+def _float32_experts() -> nn.Module:
+    """Experts whose GEMMs are an op of transformers."""
+    return joint_graphs.small_block("mixtral", "grouped_mm", torch.float32)
+
+
 CASES = (
     Case("local", near_misses.LocalMoE, False, 70, 45),
     Case("local", near_misses.LocalMoE, True, 64, 42),
@@ -70,6 +75,7 @@ CASES = (
     _hf("mixtral", "grouped_mm", False, 30, 15),
     _hf("gpt_oss", "grouped_mm", False, 12, 6),
     _hf("gpt_oss", "batched_mm", True, 8, 4),
+    Case("mixtral_float32", _float32_experts, True, 16, 8, batched_input=True),
     Case("titan", TitanMoE, False, 20, 10, 2),
     Case("titan", TitanMoE, True, 10, 5, 2),
     Case("funcol", FuncolMoE, False, 15, 8, 2),
