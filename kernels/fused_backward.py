@@ -39,6 +39,8 @@ def local_backward(
     needs: Needs,
     plan: Plan,
     key: Hashable | None = None,
+    *,
+    gathered: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, None, None, None), None if not needed."""
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
@@ -49,8 +51,25 @@ def local_backward(
     inter = params.w_out.shape[1]
 
     routing = route_tiles(routed.ids, params.num_experts, plan.block_m, key)
+    gathered = gathers(plan) if gathered is None else gathered
+    grads = x_rows = None
+    if gathered:
+        grads = layer_backward.gather_rows(grad_TH, routing, top_k, key)
+        if needs.w_in or needs.w_up:
+            x_rows = layer_backward.gather_rows(x_TH, routing, top_k, (key, "x") if key else None)
+    grads = grad_TH if grads is None else grads
+    x_rows = x_TH if x_rows is None else x_rows
     d_pre_RN, wh_RI, d_w = layer_backward.grad_hidden(
-        grad_TH, saved, weights_TA, routing, params, math, hidden_tiles(plan), top_k, key
+        grads,
+        saved,
+        weights_TA,
+        routing,
+        params,
+        math,
+        hidden_tiles(plan),
+        top_k,
+        gathered=gathered,
+        key=key,
     )
     d_x = d_weights = d_w_in = d_w_up = d_w_out = None
     if needs.weights and routed.weights is not None:
@@ -58,20 +77,30 @@ def local_backward(
         d_weights = d_w_S.view(num_tokens, top_k)
     if needs.x:
         d_x = _grad_tokens(d_pre_RN, routing, params, plan.layer1, (num_tokens, top_k), x_TH, key)
+
     tiles = weight_tiles(plan)
-    first = d_pre_RN if params.w_up is None else d_pre_RN[:, :inter]
-    if needs.w_in:
-        d_w_in = _like(params.w_in)
-        layer_backward.grad_weight(x_TH, first, d_w_in, routing, tiles, top_k, key)
-    if needs.w_up and params.w_up is not None:
-        d_w_up = _like(params.w_up)
-        layer_backward.grad_weight(x_TH, d_pre_RN[:, inter:], d_w_up, routing, tiles, top_k, key)
-    if needs.w_out:
-        d_w_out = _like(params.w_out)
+
+    def weight(tokens: Tensor, rows: Tensor, param: Tensor, *, swap: bool = False) -> Tensor:
+        out = torch.empty_like(param)
+        as_hidden_first = out.transpose(1, 2) if swap else out
         layer_backward.grad_weight(
-            grad_TH, wh_RI, d_w_out.transpose(1, 2), routing, tiles, top_k, key
+            tokens, rows, as_hidden_first, routing, tiles, top_k, gathered=gathered, key=key
         )
+        return out
+
+    if needs.w_in:
+        first = d_pre_RN if params.w_up is None else d_pre_RN[:, :inter]
+        d_w_in = weight(x_rows, first, params.w_in)
+    if needs.w_up and params.w_up is not None:
+        d_w_up = weight(x_rows, d_pre_RN[:, inter:], params.w_up)
+    if needs.w_out:
+        d_w_out = weight(grads, wh_RI, params.w_out, swap=True)
     return d_x, d_weights, d_w_in, d_w_up, d_w_out, None, None, None
+
+
+def gathers(plan: Plan) -> bool:
+    """Whether tokens are brought into the experts' order once, and not row by row in each GEMM."""
+    return False
 
 
 def hidden_tiles(plan: Plan) -> GemmTiles:
@@ -127,8 +156,3 @@ def _grad_tokens(
         total = part if total is None else total + part
     assert total is not None
     return total.to(x_TH.dtype)
-
-
-def _like(param: Tensor) -> Tensor:
-    """Return an empty gradient, dense, in the memory order of the parameter."""
-    return torch.empty_like(param)

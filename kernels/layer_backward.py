@@ -29,14 +29,41 @@ from torch import Tensor
 from comet_compile.kernels.epilogue import activate, activate_backward
 from comet_compile.kernels.expert_weights import view_weight
 from comet_compile.kernels.experts import ExpertParams, LayerMath
-from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch
+from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
 from comet_compile.kernels.layer0 import tile_of
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
 
 
+def gather_rows(
+    tokens_TH: Tensor, routing: TileRouting, top_k: int, key: Hashable | None = None
+) -> Tensor:
+    """Return [R, H], the token of each tile row; rows of padding are zero."""
+    num_rows, hidden = routing.slot_R.shape[0], tokens_TH.shape[1]
+    rows_RH = tokens_TH.new_empty(num_rows, hidden)
+    block_h = min(2048, power_of_2(hidden))
+    if num_rows:
+        launch(
+            gather_rows_kernel,
+            full_grid(num_rows // routing.block_m, div_up(hidden, block_h)),
+            key,
+            tokens_TH,
+            rows_RH,
+            routing.slot_R,
+            routing.num_tiles,
+            tokens_TH.stride(0),
+            TOP_K=top_k,
+            H=hidden,
+            BM=routing.block_m,
+            ROWS=4,
+            BH=block_h,
+            num_warps=8,
+        )
+    return rows_RH
+
+
 def grad_hidden(
-    grad_TH: Tensor,
+    grad_rows: Tensor,
     saved_SN: Tensor,
     weights_TA: Tensor | None,
     routing: TileRouting,
@@ -44,11 +71,14 @@ def grad_hidden(
     math: LayerMath,
     tiles: GemmTiles,
     top_k: int,
+    *,
+    gathered: bool = False,
     key: Hashable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (d_pre [R, N], wh [R, I], d_w partial sums [I / block_n, R] float32).
 
-    The columns of d_pre are those of `saved_SN`: halves, or interleaved.
+    `grad_rows` is the gradient of the tokens [T, H], or of their rows [R, H] (`gather_rows`), if
+    `gathered`. The columns of d_pre are those of `saved_SN`: halves, or interleaved.
     """
     act = math.activation
     num_rows, columns = routing.slot_R.shape[0], saved_SN.shape[1]
@@ -67,7 +97,9 @@ def grad_hidden(
         grad_hidden_kernel,
         full_grid(tiles.num_programs),
         key,
-        grad_TH,
+        descriptor(grad_rows, grad_rows.shape, grad_rows.stride(), (tiles.block_m, tiles.block_k))
+        if gathered
+        else grad_rows,
         view.descriptor(tiles.block_n, tiles.block_k),
         # halves are stored one by one, each clipped where the other begins
         descriptor(d_pre_RN, (num_rows, columns), (columns, 1), box)
@@ -85,7 +117,7 @@ def grad_hidden(
         routing.num_tiles,
         weights_TA,
         num_rows,
-        grad_TH.stride(0),
+        grad_rows.stride(0),
         0.0 if act.alpha is None else act.alpha,
         0.0 if act.limit is None else act.limit,
         TOP_K=top_k,
@@ -95,6 +127,7 @@ def grad_hidden(
         BN=tiles.block_n,
         BK=tiles.block_k,
         GROUP_M=tiles.group_m,
+        GATHERED=gathered,
         INTERLEAVED=interleaved,
         K_CONTIGUOUS=view.k_contiguous,
         KIND=act.kind,
@@ -129,17 +162,20 @@ def grad_scores(
 
 
 def grad_weight(
-    tokens_TH: Tensor,
+    tokens: Tensor,
     rows_RQ: Tensor,
     out_LHQ: Tensor,
     routing: TileRouting,
     tiles: GemmTiles,
     top_k: int,
+    *,
+    gathered: bool = False,
     key: Hashable | None = None,
 ) -> None:
     """Fill `out_LHQ` [L, H, Q] with the sum over an expert's rows of tokens^T [H] rows [Q].
 
-    `out_LHQ` has H or Q contiguous. `rows_RQ` may be columns of a wider tensor.
+    `tokens` is [T, H], or if `gathered` their rows [R, H]. `out_LHQ` has H or Q contiguous.
+    `rows_RQ` may be columns of a wider tensor.
     """
     num_experts, hidden, num_q = out_LHQ.shape
     h_contiguous = out_LHQ.stride(1) == 1 and out_LHQ.stride(2) != 1
@@ -150,16 +186,20 @@ def grad_weight(
         return
     block_k = min(tiles.block_k, routing.block_m)
     box = (tiles.block_n, tiles.block_m) if h_contiguous else (tiles.block_m, tiles.block_n)
+    # several gradients of one call come here, and two of them may be alike in all but this
+    alike = (rows_RQ.stride(0), num_q, h_contiguous, tokens.stride(0), tokens.data_ptr() & 15)
     launch(
         grad_weight_kernel,
         full_grid(tiles.num_programs),
-        (key, rows_RQ.stride(0), num_q, h_contiguous) if key is not None else None,
-        tokens_TH,
+        None if key is None else (key, *alike),
+        descriptor(tokens, tokens.shape, tokens.stride(), (block_k, tiles.block_m))
+        if gathered
+        else tokens,
         descriptor(rows_RQ, rows_RQ.shape, rows_RQ.stride(), (block_k, tiles.block_n)),
         descriptor(memory, memory.shape, memory.stride(), (1, *box)),
         routing.slot_R,
         routing.end_tile_L,
-        tokens_TH.stride(0),
+        tokens.stride(0),
         num_experts,
         TOP_K=top_k,
         H=hidden,
@@ -168,6 +208,7 @@ def grad_weight(
         BH=tiles.block_m,
         BQ=tiles.block_n,
         BK=block_k,
+        GATHERED=gathered,
         H_CONTIGUOUS=h_contiguous,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -175,8 +216,37 @@ def grad_weight(
 
 
 @triton.jit
+def gather_rows_kernel(
+    tokens_ptr,  # [T, H], rows stride_tokens apart
+    rows_ptr,  # [R, H]
+    slot_R_ptr,
+    num_tiles_ptr,
+    stride_tokens,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    BM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Grid: (tiles, blocks of BH columns). ROWS rows are in flight at a time."""
+    tile = tl.program_id(0)
+    cols = tl.program_id(1) * BH + tl.arange(0, BH)
+    if tile < tl.load(num_tiles_ptr):
+        for first in range(0, BM, ROWS):
+            row = tile * BM + first + tl.arange(0, ROWS)
+            slot = tl.load(slot_R_ptr + row)
+            token = tl.maximum(slot, 0) // TOP_K
+            is_column = (cols < H)[None, :]
+            ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + cols[None, :]
+            values = tl.load(ptrs, mask=(slot >= 0)[:, None] & is_column, other=0.0)
+            tl.store(
+                rows_ptr + row[:, None].to(tl.int64) * H + cols[None, :], values, mask=is_column
+            )
+
+
+@triton.jit
 def grad_hidden_kernel(
-    grad_ptr,  # [T, H], rows stride_grad apart
+    grad_ptr,  # [T, H], rows stride_grad apart; GATHERED: a descriptor of [R, H]
     w_desc,  # [1, L, I, H] or [1, L, H, I]
     d_first_desc,  # [R, I], or [R, N] of the interleaved pair
     d_second_desc,  # [R, I] or None
@@ -199,6 +269,7 @@ def grad_hidden_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    GATHERED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     KIND: tl.constexpr,
@@ -216,10 +287,13 @@ def grad_hidden_kernel(
         slot = tl.load(slot_R_ptr + tile_m * BM + tl.arange(0, BM))
         is_row = slot >= 0
         token = tl.maximum(slot, 0) // TOP_K
-        grad_ptrs = grad_ptr + token[:, None].to(tl.int64) * stride_grad + offs_k[None, :]
+        if not GATHERED:
+            grad_ptrs = grad_ptr + token[:, None].to(tl.int64) * stride_grad + offs_k[None, :]
         d_h = tl.zeros((BM, BN), tl.float32)
         for k in range(0, H, BK):
-            if H % BK == 0:
+            if GATHERED:
+                grad = grad_ptr.load([tile_m * BM, k])
+            elif H % BK == 0:
                 grad = tl.load(grad_ptrs)
             else:
                 grad = tl.load(grad_ptrs, mask=(k + offs_k)[None, :] < H, other=0.0)
@@ -228,7 +302,8 @@ def grad_hidden_kernel(
             else:
                 w = w_desc.load([0, expert, k, start_n]).reshape(BK, BN)
             d_h = tl.dot(grad, w, d_h)
-            grad_ptrs += BK
+            if not GATHERED:
+                grad_ptrs += BK
 
         row = tl.load(first_row_M_ptr + tile_m) + tl.arange(0, BM)
         scale = tl.full((BM,), 1.0, tl.float32)
@@ -333,7 +408,7 @@ def grad_scores_kernel(
 
 @triton.jit
 def grad_weight_kernel(
-    tokens_ptr,  # [T, H], rows stride_tokens apart
+    tokens_ptr,  # [T, H], rows stride_tokens apart; GATHERED: a descriptor of [R, H]
     rows_desc,  # [R, Q]
     out_desc,  # [L, Q, H] or [L, H, Q]
     slot_R_ptr,
@@ -347,6 +422,7 @@ def grad_weight_kernel(
     BH: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
+    GATHERED: tl.constexpr,
     H_CONTIGUOUS: tl.constexpr,
 ):
     """Grid: as many programs as fit, each taking every num_programs-th tile of all experts.
@@ -367,13 +443,16 @@ def grad_weight_kernel(
         offs_h = start_h + tl.arange(0, BH)
         acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
         for row in tl.range(begin, end, BK):
-            slot = tl.load(slot_R_ptr + row + tl.arange(0, BK))
-            token = tl.maximum(slot, 0) // TOP_K
-            ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + offs_h[None, :]
-            mask = (slot >= 0)[:, None]
-            if H % BH != 0:
-                mask = mask & (offs_h < H)[None, :]
-            tokens = tl.load(ptrs, mask=mask, other=0.0)
+            if GATHERED:
+                tokens = tokens_ptr.load([row, start_h])
+            else:
+                slot = tl.load(slot_R_ptr + row + tl.arange(0, BK))
+                token = tl.maximum(slot, 0) // TOP_K
+                ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + offs_h[None, :]
+                mask = (slot >= 0)[:, None]
+                if H % BH != 0:
+                    mask = mask & (offs_h < H)[None, :]
+                tokens = tl.load(ptrs, mask=mask, other=0.0)
             rows = rows_desc.load([row, start_q])
             acc = tl.dot(rows.T, tokens, acc) if H_CONTIGUOUS else tl.dot(tokens.T, rows, acc)
         if H_CONTIGUOUS:
