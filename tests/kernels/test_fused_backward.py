@@ -1,0 +1,248 @@
+"""The fused backward on one device, in Triton's interpreter, against reference and portable path.
+
+float16 only: bfloat16 goes wrong in the interpreter, and runs in `test_fused_backward_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fused_layers import ACTIVATIONS, math, params, routed, small_case, stored_pair, tiles
+from moe_cases import GRAD_NAMES, Case
+from numerics import assert_matches_ref
+
+from comet_compile.kernels import fused, fused_backward, portable
+from comet_compile.kernels.experts import Needs, weight_gradients
+from comet_compile.kernels.plan import GemmTiles, Plan
+from comet_compile.kernels.refs import moe_layer_backward_ref
+
+pytestmark = pytest.mark.usefixtures("interpreted", "_small_weight_tiles")
+
+SMALL = Plan(tiles(16, 16, 32), tiles(16, 64, 16))
+
+
+@pytest.fixture
+def _small_weight_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients in several tiles, the last ones partial."""
+    monkeypatch.setattr(
+        fused_backward, "weight_tiles", lambda plan: GemmTiles(16, 32, 16, 4, 2, 8, 3)
+    )
+
+
+def run(case: Case, needs: Needs | None = None, plan: Plan = SMALL) -> tuple[Tensor | None, ...]:
+    """The gradients by the fused path, from the rows that the fused forward saved."""
+    args = routed(case), params(case), math(case)
+    _, saved = fused.local_forward(*args, case.out_dtype, save=True, plan=plan)
+    return fused_backward.local_backward(
+        case.grad_y, args[0], saved, *args[1:], needs or Needs(), plan
+    )
+
+
+def portable_grads(case: Case) -> tuple[Tensor | None, ...]:
+    """The gradients by the portable path, from the rows that its forward saved."""
+    args = routed(case), params(case), math(case)
+    _, saved = portable.local_forward(*args, case.out_dtype)
+    d_x, d_weights, part = portable.local_backward(case.grad_y, args[0], saved, *args[1:], Needs())
+    return d_x, d_weights, *weight_gradients([part], args[1], Needs())
+
+
+def check(case: Case, plan: Plan = SMALL) -> dict[str, Tensor]:
+    """Assert that every gradient errs at most as `numerics` allows; return them by name.
+
+    The reference is in float64, "eager" is the portable path on the same tensors.
+    """
+    got = run(case, plan=plan)
+    wide = case.to(torch.float64)
+    refs = moe_layer_backward_ref(
+        wide.grad_y, *wide.tensors(), activation=case.activation, weight_place=case.weight_place
+    )
+    grads = {}
+    for name, grad, ref, eager in zip(GRAD_NAMES, got, refs, portable_grads(case), strict=True):
+        leaf = getattr(case, name)
+        if leaf is None:
+            assert grad is None, name
+            continue
+        assert grad is not None, name
+        assert eager is not None, name
+        assert grad.dtype == leaf.dtype, name
+        if name not in ("x", "weights"):
+            assert grad.stride() == leaf.stride(), name
+        assert_matches_ref(grad, ref, eager, what=f"d_{name}")
+        grads[name] = grad
+    return grads
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    check(small_case(activation=activation))
+
+
+@pytest.mark.parametrize("activation", ["silu_glu:up_first", "silu_glu:interleaved", "gelu"])
+def test_weights_with_contiguous_rows_of_k(activation: str) -> None:
+    check(small_case(activation=activation, permuted=True))
+
+
+@pytest.mark.parametrize("activation", ["silu_glu", "gelu_glu:up_first:limit=0.5"])
+@pytest.mark.parametrize("permuted", [False, True], ids=["n_contiguous", "k_contiguous"])
+@pytest.mark.parametrize("up_before", [False, True], ids=["in_memory_after", "in_memory_before"])
+def test_separate_up(activation: str, permuted: bool, up_before: bool) -> None:
+    case = small_case(activation=activation, permuted=permuted, separate_up=True)
+    check(stored_pair(case, up_before))
+
+
+@pytest.mark.parametrize("activation", ["silu_glu:interleaved", "relu2"])
+@pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32])
+def test_weights_between_the_gemms(activation: str, weights_dtype: torch.dtype) -> None:
+    check(small_case(weight_place="between", activation=activation, weights_dtype=weights_dtype))
+
+
+@pytest.mark.parametrize("weight_place", ["before", "between", "after"])
+def test_no_routing_weights(weight_place: str) -> None:
+    grads = check(small_case(with_weights=False, weight_place=weight_place))
+    assert "weights" not in grads
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "hidden", "inter"),
+    [
+        (1, 1, 1, 8, 8),
+        (1, 3, 9, 40, 24),
+        (2, 3, 20, 40, 24),  # more experts than slots
+        (50, 1, 1, 40, 24),  # one expert, several tiles, the last partial
+        (32, 2, 2, 64, 64),  # whole tiles
+        (3, 4, 3, 72, 136),  # three column tiles of d_h, the last partial
+    ],
+)
+def test_sizes(num_tokens: int, top_k: int, num_experts: int, hidden: int, inter: int) -> None:
+    check(
+        small_case(
+            num_tokens=num_tokens,
+            top_k=top_k,
+            num_experts=num_experts,
+            hidden=hidden,
+            inter=inter,
+        )
+    )
+
+
+def test_no_tokens_give_zero_gradients() -> None:
+    case = small_case(num_tokens=0)
+    d_x, d_weights, d_w_in, d_w_up, d_w_out, *_ = run(case)
+    assert d_x is not None
+    assert d_x.shape == case.x.shape
+    assert d_weights is not None
+    assert d_weights.shape == (0, 2)
+    assert d_w_up is None
+    for grad, leaf in ((d_w_in, case.w_in), (d_w_out, case.w_out)):
+        assert grad is not None
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("weight_place", ["between", "after"])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[0, 2], [2, 0], [0, 0]],  # expert 1 is empty
+        [[1, 1]] * 20,
+        [[-1, 3], [7, 2**40]],
+        [[2**32, 0], [-(2**32) + 1, 1]],  # 0 and 1 in 32 bits
+        [[0, 1], [-1, 2**32], [1, 3]],
+    ],
+    ids=["empty_expert", "all_to_one", "only_strays", "wraps_in_int32", "token_without_expert"],
+)
+def test_routing_edges(ids: list[list[int]], weight_place: str) -> None:
+    case = small_case(ids=torch.tensor(ids), weight_place=weight_place)
+    assert case.weights is not None
+    stray = (case.ids < 0) | (case.ids > 2)
+    case.weights[stray] = float("nan")  # a weight beside a stray id may be anything
+    grads = check(case)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert (grads["weights"][stray] == 0).all()
+    for expert in set(range(3)) - {i for row in ids for i in row}:
+        assert not grads["w_in"][expert].any()
+        assert not grads["w_out"][expert].any()
+
+
+@pytest.mark.parametrize(
+    "asked", [("x",), ("weights",), ("w_in",), ("w_up",), ("w_out",), ("x", "w_out"), ()]
+)
+def test_only_what_is_needed(asked: tuple[str, ...]) -> None:
+    case = small_case(num_tokens=5, separate_up=True)
+    needs = Needs(**{name: name in asked for name in GRAD_NAMES})
+    everything = run(case)
+    for name, grad, full in zip(GRAD_NAMES, run(case, needs), everything, strict=True):
+        if name not in asked:
+            assert grad is None, name
+            continue
+        assert grad is not None, name
+        assert full is not None, name
+        assert torch.equal(grad, full), name
+
+
+@pytest.mark.parametrize("activation", ["silu_glu", "silu_glu:interleaved", "relu2"])
+def test_the_same_bits_again(activation: str) -> None:
+    case = small_case(activation=activation)
+    for first, again in zip(run(case), run(case), strict=True):
+        assert (first is None and again is None) or torch.equal(first, again)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(tiles(16, 16, 64), tiles(16, 16, 64)),  # one step of K
+        Plan(tiles(32, 64, 16, num_programs=1), tiles(32, 128, 32, num_programs=1)),
+        Plan(tiles(16, 32, 16, num_programs=50), tiles(16, 16, 16, num_programs=50)),  # idle ones
+    ],
+    ids=["wide_k", "one_program", "more_programs_than_tiles"],
+)
+@pytest.mark.parametrize("activation", ["silu_glu", "silu_glu:interleaved"])
+def test_tilings(plan: Plan, activation: str) -> None:
+    check(small_case(activation=activation), plan)
+
+
+def test_the_chosen_tiles_of_the_weight_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert fused_backward.weight_tiles(SMALL).block_m == 128
+    check(small_case(num_tokens=20, hidden=136, inter=136))
+
+
+def test_strided_tensors() -> None:
+    case = small_case(num_tokens=9)
+    expected = check(case)
+    assert case.weights is not None
+    strided = dataclasses.replace(
+        case,
+        x=torch.stack((case.x, case.x), 2)[:, :, 0],
+        ids=case.ids.t().contiguous().t(),
+        weights=case.weights.t().contiguous().t(),
+        grad_y=torch.cat((case.grad_y, case.grad_y), 1)[:, :40],
+    )
+    for name, grad in check(strided).items():
+        assert torch.equal(grad, expected[name]), name
+    columns = torch.stack((case.grad_y, case.grad_y), 2)[:, :, 1]
+    for name, grad in check(dataclasses.replace(case, grad_y=columns)).items():
+        assert torch.equal(grad, expected[name]), name
+
+
+@pytest.mark.parametrize("biases", [{"b_in"}, {"b_up"}, {"b_out"}])
+def test_why_not_biases(biases: set[str]) -> None:
+    case = small_case(separate_up=True, biases=True)
+    kept = {name: getattr(case, name) if name in biases else None for name in GRAD_NAMES[5:]}
+    case = dataclasses.replace(case, **kept)
+    assert fused_backward.why_not(params(case), math(case), True) == "the experts have biases"
+
+
+def test_why_not() -> None:
+    for place in ("between", "after"):
+        case = small_case(weight_place=place)
+        assert fused_backward.why_not(params(case), math(case), True) is None
+    assert fused_backward.why_not(params(case), math(case), False) == "the forward kept no rows"
+    case = small_case(weight_place="before")
+    reason = fused_backward.why_not(params(case), math(case), True)
+    assert reason == "routing weights multiply before the experts"
