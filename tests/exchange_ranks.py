@@ -1,0 +1,157 @@
+"""The ranks of a fused exchange as buffers of one process, stage by stage, in the interpreter.
+
+A rank's kernels read its peers' memory by address, so in one process any buffer will do for
+symmetric memory. All ranks run one stage before any runs the next: no wait is ever in vain, unless
+a rank is left out on purpose.
+
+Legend: T tokens, C capacity in tokens, A experts per token, P ranks, L local experts, H model dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from fused_layers import math, params, routed, small_case, tiles
+from moe_cases import Case
+from torch import Tensor
+
+from comet_compile.kernels import layer1
+from comet_compile.kernels.fused_exchange import ExchangePlan, _Call
+from comet_compile.kernels.plan import Plan
+from comet_compile.kernels.route_tiles import TileRouting
+from comet_compile.kernels.sync import MESSAGE_FIELDS
+from comet_compile.kernels.workspace import _FLAGS_BYTES, Layout, Workspace
+
+TILES = tiles(16, 16, 32)
+NAN_BYTE = 255  # NaN in float16, -1 in int32
+
+
+class LocalWorkspace(Workspace):
+    """A rank's memory without symmetric memory behind it, filled with NaN."""
+
+    def __init__(self, num_bytes: int, rank: int, num_ranks: int, device: str = "cpu") -> None:
+        self.num_bytes, self.group_name = num_bytes, "in one process"
+        self.rank, self.num_ranks = rank, num_ranks
+        self.buffer = torch.full((num_bytes,), NAN_BYTE, dtype=torch.uint8, device=device)
+        self.buffer[:_FLAGS_BYTES].zero_()
+        counters = torch.zeros(6 + 2 * num_ranks, dtype=torch.int32, device=device)
+        self.epoch, self.abort, self.published, self.summed, self.ticket = counters[:5].split(1)
+        self.fetched, self.sent = counters[6:].split(num_ranks)
+        self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32)
+        self.peers = 2**40  # an address; `connect` sets a true one
+
+    @staticmethod
+    def connect(workspaces: Sequence[LocalWorkspace]) -> Tensor:
+        """Let the ranks find each other; return the table of addresses, to be kept alive."""
+        table = torch.tensor([ws.buffer.data_ptr() for ws in workspaces])
+        for ws in workspaces:
+            ws.peers = table.data_ptr()
+        return table
+
+
+class Ranks:
+    """P ranks that share a layer of L experts each."""
+
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        capacity: int = 16,
+        num_experts: int = 2,
+        top_k: int = 2,
+        block_tokens: int = 4,
+        **layer: object,
+    ) -> None:
+        whole = small_case(num_tokens=1, num_experts=num_ranks * num_experts, top_k=top_k, **layer)
+        self.whole, self.num_experts, self.num_ranks = whole, num_experts, num_ranks
+        # one fetcher: the interpreter runs one program after the other, and none may wait for a
+        # later one
+        self.plan = ExchangePlan(Plan(TILES, TILES), capacity, 1, block_tokens)
+        self.layout = Layout.of(
+            capacity, top_k, whole.x.shape[1], num_ranks, whole.x.element_size()
+        )
+        self.workspaces = [
+            LocalWorkspace(self.layout.num_bytes, rank, num_ranks) for rank in range(num_ranks)
+        ]
+        self._table = LocalWorkspace.connect(self.workspaces)
+
+    def tokens(self, num_tokens: Sequence[int], seed: int = 0, strays: bool = True) -> list[Case]:
+        """The whole layer with each rank's tokens; with strays, NaN weights beside them."""
+        layers = []
+        for rank, count in enumerate(num_tokens):
+            random = small_case(
+                seed=100 * seed + rank + 1,
+                num_tokens=count,
+                top_k=self.whole.ids.shape[1],
+                num_experts=self.whole.w_in.shape[0],
+                hidden=self.whole.x.shape[1],
+                with_weights=self.whole.weights is not None,
+            )
+            num_experts = self.whole.w_in.shape[0]
+            ids, weights = random.ids, random.weights
+            if strays and count:
+                ids[0, 0], ids[-1, -1] = 2**32, -2  # the first is expert 0 in 32 bits
+            else:
+                ids.remainder_(num_experts)
+            if weights is not None:
+                weights[(ids < 0) | (ids >= num_experts)] = float("nan")
+            layers.append(dataclasses.replace(self.whole, x=random.x, ids=ids, weights=weights))
+        return layers
+
+    def calls(self, layers: Sequence[Case]) -> list[_Call]:
+        """Each rank's call, not begun."""
+        return [
+            _Call(
+                routed(layer),
+                params(self.experts_of(rank, layer)),
+                math(layer),
+                layer.out_dtype,
+                self.plan,
+                self.workspaces[rank],
+                deadline=0.0,
+                clock=False,
+            )
+            for rank, layer in enumerate(layers)
+        ]
+
+    def experts_of(self, rank: int, layer: Case) -> Case:
+        """The layer with the rank's experts only."""
+        mine = slice(rank * self.num_experts, (rank + 1) * self.num_experts)
+        names = ("w_in", "w_up", "w_out", "b_in", "b_up", "b_out")
+        values = {name: getattr(layer, name) for name in names}
+        return dataclasses.replace(
+            layer, **{name: None if v is None else v[mine] for name, v in values.items()}
+        )
+
+    def run(self, layers: Sequence[Case]) -> list[Tensor]:
+        """Each rank's y."""
+        calls = self.calls(layers)
+        for call in calls:
+            call.publish()
+        for call in calls:
+            call.receive()
+        return finish(calls)
+
+
+def finish(calls: Sequence[_Call]) -> list[Tensor]:
+    """Run what follows `receive` on these ranks and return their y."""
+    rows = []
+    for call in calls:
+        h_RI = call.compute_hidden()
+        w_out, b_out = call.params.w_out, call.params.b_out
+        rows.append(layer1.gemm_rows(h_RI, w_out, b_out, call.routing, call.plan.gemms.layer1))
+    for call, rows_RH in zip(calls, rows, strict=True):
+        call.push(rows_RH)
+    return [call.sum_own(rows_RH) for call, rows_RH in zip(calls, rows, strict=True)]
+
+
+def order_tiles_ref(routing: TileRouting, turn_S: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (turn, tile) of the tiles in use, by turn and then tile, from each tile's slots."""
+    tiles_in_use = []
+    for tile in range(int(routing.num_tiles)):
+        rows = routing.slot_R[tile * routing.block_m : (tile + 1) * routing.block_m].tolist()
+        turn = max(turn_S[slot] for slot in rows if slot >= 0)
+        tiles_in_use.append((turn, tile))
+    return sorted(tiles_in_use)
