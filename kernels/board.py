@@ -29,7 +29,7 @@ class Board:
     def __init__(self, path: str, rank: int, num_ranks: int) -> None:
         with open(path, "r+b") as file:
             self._map = mmap.mmap(file.fileno(), 2 * num_ranks * 8)
-        words = memoryview(self._map).cast("q")
+        words = memoryview(self._map).cast("Q")
         self._words = words[:num_ranks], words[num_ranks:]
         self._rank, self._call = rank, 0
 
