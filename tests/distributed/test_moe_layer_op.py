@@ -112,9 +112,11 @@ def rank_main(rank: int, world_size: int) -> dict[Any, Any]:
     # A result that reads an uninitialised row comes out NaN.
     torch.use_deterministic_algorithms(True)
     agreed = agree_often(rank)
+    offers = offer_twice(rank)
     pair = dist.new_group([1, 2])
     outcome = run_cases(dist.group.WORLD)
     outcome["agreed"] = agreed
+    outcome["offers"] = offers
     if rank in (1, 2):
         outcome |= run_cases(pair)
         outcome["chunks"] = chunk_sizes(pair)
@@ -178,6 +180,12 @@ def agree_often(rank: int) -> int:
         AGREEMENTS.agree({"plan": plan, "members": members}, group)
         AGREEMENTS.agree({"plan": plan}, dist.group.WORLD)
     return AGREEMENTS.num_handshakes(dist.group.WORLD) - before
+
+
+def offer_twice(rank: int) -> list[list[Any]]:
+    plan = {"op": "what can each rank do?"}
+    first = [None, "a reason", {"rank": rank}][rank]
+    return [AGREEMENTS.gather(plan, offer, dist.group.WORLD) for offer in (first, "too late")]
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +291,11 @@ def test_lost_peer_is_named_before_the_deadline_of_the_group(
 
 def test_a_plan_is_agreed_on_once_per_group(outcomes: list[dict[Any, Any]]) -> None:
     assert [rank["agreed"] for rank in outcomes] == [2, 2, 2]
+
+
+def test_every_rank_sees_what_each_offered_first(outcomes: list[dict[Any, Any]]) -> None:
+    for rank in outcomes:
+        assert rank["offers"] == [[None, "a reason", {"rank": 2}]] * 2
 
 
 def test_fake_process_group_runs_without_a_handshake() -> None:
