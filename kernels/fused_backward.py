@@ -16,7 +16,7 @@ from comet_compile.kernels import layer1, layer_backward
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
 from comet_compile.kernels.plan import GemmTiles, Plan
 from comet_compile.kernels.portable import Routed
-from comet_compile.kernels.route_tiles import route_tiles
+from comet_compile.kernels.route_tiles import TileRouting, route_tiles
 
 
 def why_not(params: ExpertParams, math: LayerMath, has_rows: bool) -> str | None:
@@ -128,7 +128,7 @@ def weight_tiles(plan: Plan) -> GemmTiles:
 
 def _grad_tokens(
     d_pre_RN: Tensor,
-    routing: object,
+    routing: TileRouting,
     params: ExpertParams,
     tiles: GemmTiles,
     shape_TA: tuple[int, int],

@@ -80,7 +80,7 @@ def why_portable(routed: Routed, params: ExpertParams, math: LayerMath) -> str |
     """Return why the experts of this layer run the portable path, None if they run fused."""
     if os.environ.get("COMET_PORTABLE", "0") not in ("", "0"):
         return "COMET_PORTABLE is set"
-    if routed.x.device.type != "cuda":
+    if not _runs_kernels(routed.x.device):
         return f"the tensors are on {routed.x.device.type}, the kernels run on NVIDIA GPUs"
     try:
         return _fused().why_not(routed, params, math)
@@ -97,7 +97,7 @@ def local_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return (y [T, H] in `out_dtype`, pre-activation rows [S, ...], [0] if not saved)."""
-    if routed.x.device.type == "cuda":
+    if _runs_kernels(routed.x.device):
         known = _look_up(routed, params, math, out_dtype, save)
         if known is not None:
             key, plan = known
@@ -125,7 +125,7 @@ def local_backward(
     What `needs` does not ask for is None.
     """
     has_rows = saved.dim() == 2
-    if grad_y.device.type == "cuda":
+    if _runs_kernels(grad_y.device):
         known = _look_up(routed, params, math, grad_y.dtype, has_rows)
         if known is not None and _fused_backward().why_not(params, math, has_rows) is None:
             number, plan = known
@@ -143,7 +143,7 @@ def why_portable_here(
     routed: Routed, params: ExpertParams, math: LayerMath, out_dtype: torch.dtype
 ) -> str | None:
     """`why_portable` for a real call, looked up."""
-    if routed.x.device.type != "cuda":
+    if not _runs_kernels(routed.x.device):
         return why_portable(routed, params, math)
     if _look_up(routed, params, math, out_dtype, False) is not None:
         return None
@@ -252,8 +252,12 @@ def _describe(tensor: Tensor | None) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.device.index
 
 
+def _runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 

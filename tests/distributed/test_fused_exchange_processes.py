@@ -1,0 +1,143 @@
+"""The fused exchange as the op runs it, in two real processes on CPU that wait for each other.
+
+Triton's interpreter runs the kernels; files that both processes map take the place of symmetric
+memory, so flags, epochs, the board, the agreement and the workspace's growth are the real ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.gloo import run_ranks
+
+pytest.importorskip("triton", reason="needs Triton for its interpreter")
+
+HIDDEN, INTER, LOCAL, TOP_K = 40, 24, 2, 2
+BUFFER_BYTES = 1 << 20
+# tokens of both ranks, call by call: the same, none, more than the workspace holds, few again
+CALLS = ((7, 5), (5, 7), (3, 0), (0, 0), (90, 70), (5, 9))
+
+
+def use_interpreter(rank: int, folder: str) -> Any:
+    """Put files in the place of symmetric memory and a small plan in the place of the planned."""
+    from comet_compile.kernels import fused, fused_exchange, links, paths, plan, workspace
+
+    class FileWorkspace(workspace.Workspace):
+        def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
+            kept = len(workspace._workspaces[group])
+            self.num_bytes, self.group_name = num_bytes, group.group_name
+            self.rank, self.num_ranks = group.rank(), group.size()
+            self.buffers = [
+                torch.from_file(
+                    f"{folder}/{kept}-{peer}", shared=True, size=BUFFER_BYTES, dtype=torch.uint8
+                )
+                for peer in range(self.num_ranks)
+            ]
+            assert num_bytes <= BUFFER_BYTES
+            self.buffer = self.buffers[self.rank]
+            self.table = torch.tensor([buffer.data_ptr() for buffer in self.buffers])
+            self.peers = self.table.data_ptr()
+            counters = torch.zeros(6 + 2 * self.num_ranks, dtype=torch.int32)
+            self.epoch, self.abort, self.published, self.summed, self.ticket = counters[:5].split(1)
+            self.fetched, self.sent = counters[6:].split(self.num_ranks)
+            self.message = torch.zeros(4, dtype=torch.int32)
+
+        def enter(self) -> None:
+            self.check()
+
+    tiles = plan.GemmTiles(16, 16, 32, 4, 2, 2, num_programs=2)
+    device = plan.Device(num_sms=2, shared_bytes=2**18, capability=(9, 0))
+    make_plan, make_call = fused_exchange.plan_exchange, fused_exchange._Call.__init__
+
+    def one_fetcher(*args: Any) -> Any:
+        # programs run one after another: the second would wait for tokens that the third fetches
+        return dataclasses.replace(make_plan(*args), num_fetchers=1)
+
+    def without_clock(self: Any, *args: Any, **kwargs: Any) -> None:
+        make_call(self, *args, **kwargs, clock=False)
+        self.waits = (self.workspace.abort, self.workspace.message, 10**9)
+
+    def choose(*args: Any, **kwargs: Any) -> plan.Plan:
+        return plan.Plan(tiles, tiles)
+
+    here: Any
+    for here in (fused, fused_exchange):
+        here.choose_plan, here.read_device = choose, lambda index: device
+    fused_exchange.plan_exchange = one_fetcher
+    here = fused_exchange._Call
+    here.__init__ = without_clock
+    here = fused
+    here.why_not = lambda *args: None
+    here = paths
+    here._runs_kernels = lambda device: True
+    here = workspace
+    here.Workspace = FileWorkspace
+    here = links
+    here._offer = lambda device: {"machine": "", "gpu": rank, "capability": [9, 0], "sms": 2}
+    return workspace
+
+
+def rank_main(rank: int, num_ranks: int, folder: str) -> tuple[list[float], list[int]]:
+    from comet_compile.kernels import ops  # noqa: F401, registers the ops
+    from comet_compile.kernels.refs import moe_layer_ref
+
+    workspace = use_interpreter(rank, folder)
+    generator = torch.Generator().manual_seed(5)
+    experts = LOCAL * num_ranks
+
+    def matrix(k: int, n: int) -> torch.Tensor:
+        rows = torch.randn(experts, n, k, generator=generator) * k**-0.5
+        return rows.half().transpose(1, 2)
+
+    w_in, w_out = matrix(HIDDEN, 2 * INTER), matrix(INTER, HIDDEN)
+    mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    errors = []
+    for call, counts in enumerate(CALLS):
+        torch.manual_seed(10 * call + rank)
+        x = torch.randn(counts[rank], HIDDEN).half()
+        weights, ids = torch.randn(counts[rank], experts).softmax(-1).topk(TOP_K, -1)
+        y, _, _ = torch.ops.comet.moe_layer(
+            x,
+            ids,
+            weights,
+            w_in[mine],
+            None,
+            w_out[mine],
+            *[None] * 4,
+            activation="silu_glu",
+            weight_place="after",
+            product_dtype=torch.float32,
+            out_dtype=torch.float16,
+            form="all_to_all",
+            group_name=dist.group.WORLD.group_name,
+            save="nothing",
+        )
+        ref = moe_layer_ref(
+            x, ids, weights, w_in, None, w_out, activation="silu_glu", weight_place="after"
+        )
+        errors.append(float((y.float() - ref).norm() / ref.norm()) if ref.numel() else 0.0)
+    kept = workspace._workspaces[dist.group.WORLD]
+    return errors, [int(ws.epoch) for ws in kept]
+
+
+def test_ranks_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton_interpreter
+
+    reason = triton_interpreter.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the processes import Triton
+    for name in ("0-0", "0-1", "1-0", "1-1"):
+        (tmp_path / name).write_bytes(bytes(BUFFER_BYTES))
+    boards = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    for errors, epochs in run_ranks(rank_main, 2, str(tmp_path), timeout=240):
+        assert max(errors) < 2e-3, "float16's own error is 5e-4"
+        assert epochs == [4, 2], "four calls in the first workspace, two in the grown one"
+    left = set(os.listdir("/dev/shm")) - boards if boards else set()
+    assert not [name for name in left if name.startswith("comet-")]
