@@ -151,13 +151,13 @@ def test_page_shows_losses_like_wins(report: ModuleType) -> None:
     page = report.render_page(report.Results({"old.json": OLD, "new.json": NEW}), TARGETS)
     lines = page.splitlines()
     assert [line for line in lines if line.startswith(f"| {SMALL} | forward |")] == [
-        f"| {SMALL} | forward | ms |  | 1 | 2 | 1 | 0.5 | **short: 0.50 of must** |",
+        f"| {SMALL} | forward | ms |  | 1 | 2 |  |  | 1 | 0.5 | **short: 0.50 of must** |",
         f"| {SMALL} | forward | 1.000 | failed | 2.000 | 0.5 |  |",
         f"| {SMALL} | forward | 50 / 100 / - | 0.00400 / 0.00400 / - "
         "| 0.50 + 1.00 symmetric / 0.50 / - "
         "| 1 fused; ran fused |",
     ]
-    assert f"| {LARGE} | forward | TF |  | 50 | 100 | 90 | 100 | aim met |" in lines
+    assert f"| {LARGE} | forward | TF |  | 50 | 100 |  |  | 90 | 100 | aim met |" in lines
     assert f"- {SMALL} forward, gemms: RuntimeError: no | such thing" in lines
     assert any(line.startswith("| ep/olmoe/8192 |") and "not run" in line for line in lines)
 
