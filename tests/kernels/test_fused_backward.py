@@ -169,6 +169,24 @@ def test_routing_edges(ids: list[list[int]], weight_place: str) -> None:
         assert not grads["w_out"][expert].any()
 
 
+def test_a_stray_among_several_column_tiles_has_no_gradient() -> None:
+    # of the three tiles that any routing may need, two are never written
+    case = small_case(ids=torch.tensor([[0, 3], [-1, 0]]), inter=72)
+    assert check(case)["weights"].count_nonzero() == 2
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("name", ["x", "grad_y"])
+def test_not_a_number_stays_in_its_token_and_experts(name: str, with_weights: bool) -> None:
+    ids = torch.tensor([[0, 3], [1, 1], [2, 1], [1, 2]])
+    case = small_case(ids=ids, with_weights=with_weights)
+    getattr(case, name)[0, 5] = float("nan")  # token 0 also fills the rows of padding
+    grads = check(case)
+    assert grads["x"].isfinite().all(1).tolist() == [False, True, True, True]
+    for weight in ("w_in", "w_out"):
+        assert grads[weight].isfinite().all((1, 2)).tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize(
     "asked", [("x",), ("weights",), ("w_in",), ("w_up",), ("w_out",), ("x", "w_out"), ()]
 )
