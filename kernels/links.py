@@ -23,6 +23,7 @@ from comet_compile.kernels.board import Board
 log = logging.getLogger(__name__)
 
 MAX_RANKS = 64
+_TRIED_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +69,24 @@ def _connect(group: dist.ProcessGroup, device: torch.device) -> Link:
     if group.rank() == 0:
         os.unlink(path)
     failed = [text for text in errors if text]
+    if failed:
+        return Link(None, failed[0])
+    # Whether the GPUs can map each other's memory, only trying tells.
+    errors = AGREEMENTS.gather({"link": "mapped?"}, _try_symmetric_memory(group, device), group)
+    failed = [text for text in errors if text]
     return Link(None, failed[0]) if failed else Link(board, None)
+
+
+def _try_symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Return why the ranks have no symmetric memory, "" if they do."""
+    from comet_compile.kernels.workspace import workspace_for
+
+    try:
+        workspace_for(_TRIED_BYTES, group, device)
+    except Exception as failure:  # what a driver or a container forbids comes in many types
+        log.debug("comet: no symmetric memory", exc_info=True)
+        return f"rank {group.rank()} has no symmetric memory: {type(failure).__name__}: {failure}"
+    return ""
 
 
 def _offer(device: torch.device) -> dict[str, Any]:

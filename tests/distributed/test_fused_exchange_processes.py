@@ -24,12 +24,14 @@ BUFFER_BYTES = 1 << 20
 CALLS = ((7, 5), (5, 7), (3, 0), (0, 0), (90, 70), (5, 9))
 
 
-def use_interpreter(rank: int, folder: str) -> Any:
+def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
     """Put files in the place of symmetric memory and a small plan in the place of the planned."""
     from comet_compile.kernels import fused, fused_exchange, links, paths, plan, workspace
 
     class FileWorkspace(workspace.Workspace):
         def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
+            if not can_map:
+                raise RuntimeError("no peer access")
             kept = len(workspace._workspaces[group])
             self.num_bytes, self.group_name = num_bytes, group.group_name
             self.rank, self.num_ranks = group.rank(), group.size()
@@ -83,11 +85,14 @@ def use_interpreter(rank: int, folder: str) -> Any:
     return workspace
 
 
-def rank_main(rank: int, num_ranks: int, folder: str) -> tuple[list[float], list[int]]:
+def rank_main(
+    rank: int, num_ranks: int, folder: str, unable: int | None = None
+) -> tuple[list[float], list[int]]:
+    """Return the error of every call, and the calls that each workspace has seen."""
     from comet_compile.kernels import ops  # noqa: F401, registers the ops
     from comet_compile.kernels.refs import moe_layer_ref
 
-    workspace = use_interpreter(rank, folder)
+    workspace = use_interpreter(rank, folder, can_map=rank != unable)
     generator = torch.Generator().manual_seed(5)
     experts = LOCAL * num_ranks
 
@@ -126,18 +131,29 @@ def rank_main(rank: int, num_ranks: int, folder: str) -> tuple[list[float], list
     return errors, [int(ws.epoch) for ws in kept]
 
 
-def test_ranks_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     import triton_interpreter
 
     reason = triton_interpreter.why_not()
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the processes import Triton
-    for name in ("0-0", "0-1", "1-0", "1-1"):
+    for name in ("0-0", "0-1", "1-0", "1-1", "2-0", "2-1"):
         (tmp_path / name).write_bytes(bytes(BUFFER_BYTES))
+    return str(tmp_path)
+
+
+def test_ranks_of_two_processes(folder: str) -> None:
     boards = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    for errors, epochs in run_ranks(rank_main, 2, str(tmp_path), timeout=240):
+    for errors, epochs in run_ranks(rank_main, 2, folder, timeout=240):
         assert max(errors) < 2e-3, "float16's own error is 5e-4"
-        assert epochs == [4, 2], "four calls in the first workspace, two in the grown one"
+        assert epochs == [0, 4, 2], "one to try, four calls in the next, two in the grown one"
     left = set(os.listdir("/dev/shm")) - boards if boards else set()
     assert not [name for name in left if name.startswith("comet-")]
+
+
+def test_one_rank_that_cannot_map_its_peer_makes_all_portable(folder: str) -> None:
+    (errors, tried), (peer_errors, nothing) = run_ranks(rank_main, 2, folder, 1, timeout=240)
+    assert max(*errors, *peer_errors) < 2e-3
+    assert (tried, nothing) == ([0], [])
