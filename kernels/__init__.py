@@ -5,7 +5,8 @@ which says for given tensors how a layer will run. `refs` is what the ops mean.
 
 - any device and process group: `portable`, with `routing`, `grouped`, `experts`, `exchange`;
 - one GPU: `fused` (`route_tiles`, then `layer0`, then `layer1`) and `fused_backward`
-  (`layer_backward`), with `plan`, `expert_weights`, `epilogue`, `launch`;
+  (`layer_backward`, `grad_routing`, `grad_params`), with `plan`, `expert_weights`, `epilogue`,
+  `launch`;
 - GPUs of one machine: `fused_exchange` (`exchange_kernels`, `layer0_exchange`), with `workspace`,
   `sync`, `links`, `board`;
 - `agreement` keeps ranks from running different plans.

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from comet_compile.kernels import layer1, layer_backward
+from comet_compile.kernels import grad_params, grad_routing, layer1, layer_backward
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
 from comet_compile.kernels.plan import GemmTiles, Plan
 from comet_compile.kernels.portable import Routed
@@ -73,7 +73,7 @@ def local_backward(
     )
     d_x = d_weights = d_w_in = d_w_up = d_w_out = None
     if needs.weights and routed.weights is not None:
-        d_w_S = layer_backward.grad_scores(d_w, routing.row_S, routed.weights.dtype, key)
+        d_w_S = grad_routing.grad_scores(d_w, routing.row_S, routed.weights.dtype, key)
         d_weights = d_w_S.view(num_tokens, top_k)
     if needs.x:
         d_x = _grad_tokens(d_pre_RN, routing, params, plan.layer1, (num_tokens, top_k), x_TH, key)
@@ -83,7 +83,7 @@ def local_backward(
     def weight(tokens: Tensor, rows: Tensor, param: Tensor, *, swap: bool = False) -> Tensor:
         out = torch.empty_like(param)
         as_hidden_first = out.transpose(1, 2) if swap else out
-        layer_backward.grad_weight(
+        grad_params.grad_weight(
             tokens, rows, as_hidden_first, routing, tiles, top_k, gathered=gathered, key=key
         )
         return out

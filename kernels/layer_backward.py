@@ -6,15 +6,15 @@ With g = the gradient of y, rows r of slots (t, j) and experts e as in `layer0`:
     d_w[t,j] = d_h[r] . h[r]                             (partial sums by column tile)
     d_pre[r] = act'(pre[r], w * d_h[r]),  wh[r] = w * h[r]
     d_x[t]   = sum_j d_pre[row(t, j)] @ w_in[e]^T        layer1.gemm_rows, layer1.sum_slots
-    d_w_in[e]  = sum_r x[t]^T d_pre[r]                   grad_weight
-    d_w_out[e] = sum_r wh[r]^T g[t]                      grad_weight
+    d_w_in[e]  = sum_r x[t]^T d_pre[r]                   grad_params.grad_weight
+    d_w_out[e] = sum_r wh[r]^T g[t]                      grad_params.grad_weight
 
 w is the routing weight where it multiplies "between" or "after" (the two have the same gradients,
 since w (h @ w_out) = (w h) @ w_out), else 1. Sums are in float32 and in a fixed order. Rows of
 padding are written as zeros, so that the weight gradients may read them.
 
 Legend: T tokens, A experts per token, S = T*A slots, R tile rows, M tiles, L experts, H model dim,
-I expert intermediate dim, N columns of the in-projection, Q columns of a weight gradient's rows.
+I expert intermediate dim, N columns of the in-projection.
 """
 
 from __future__ import annotations
@@ -138,81 +138,6 @@ def grad_hidden(
         num_stages=tiles.num_stages,
     )
     return d_pre_RN, wh_RI, d_w
-
-
-def grad_scores(
-    d_w: Tensor, row_S: Tensor, dtype: torch.dtype, key: Hashable | None = None
-) -> Tensor:
-    """Return [S] in `dtype`, the gradients of the routing weights; 0 for a slot without a row."""
-    out_S = torch.empty(row_S.shape[0], dtype=dtype, device=row_S.device)
-    if out_S.numel():
-        launch(
-            grad_scores_kernel,
-            full_grid(div_up(out_S.numel(), 256)),
-            key,
-            d_w,
-            row_S,
-            out_S,
-            out_S.numel(),
-            d_w.shape[1],
-            NUM_N=d_w.shape[0],
-            BLOCK=256,
-        )
-    return out_S
-
-
-def grad_weight(
-    tokens: Tensor,
-    rows_RQ: Tensor,
-    out_LHQ: Tensor,
-    routing: TileRouting,
-    tiles: GemmTiles,
-    top_k: int,
-    *,
-    gathered: bool = False,
-    key: Hashable | None = None,
-) -> None:
-    """Fill `out_LHQ` [L, H, Q] with the sum over an expert's rows of tokens^T [H] rows [Q].
-
-    `tokens` is [T, H], or if `gathered` their rows [R, H]. `out_LHQ` has H or Q contiguous.
-    `rows_RQ` may be columns of a wider tensor.
-    """
-    num_experts, hidden, num_q = out_LHQ.shape
-    h_contiguous = out_LHQ.stride(1) == 1 and out_LHQ.stride(2) != 1
-    memory = out_LHQ.transpose(1, 2) if h_contiguous else out_LHQ
-    num_rows = rows_RQ.shape[0]
-    if num_rows == 0:
-        out_LHQ.zero_()
-        return
-    block_k = min(tiles.block_k, routing.block_m)
-    box = (tiles.block_n, tiles.block_m) if h_contiguous else (tiles.block_m, tiles.block_n)
-    # several gradients of one call come here, and two of them may be alike in all but this
-    alike = (rows_RQ.stride(0), num_q, h_contiguous, tokens.stride(0), tokens.data_ptr() & 15)
-    launch(
-        grad_weight_kernel,
-        full_grid(tiles.num_programs),
-        None if key is None else (key, *alike),
-        descriptor(tokens, tokens.shape, tokens.stride(), (block_k, tiles.block_m))
-        if gathered
-        else tokens,
-        descriptor(rows_RQ, rows_RQ.shape, rows_RQ.stride(), (block_k, tiles.block_n)),
-        descriptor(memory, memory.shape, memory.stride(), (1, *box)),
-        routing.slot_R,
-        routing.end_tile_L,
-        tokens.stride(0),
-        num_experts,
-        TOP_K=top_k,
-        H=hidden,
-        Q=num_q,
-        BM=routing.block_m,
-        BH=tiles.block_m,
-        BQ=tiles.block_n,
-        BK=block_k,
-        GATHERED=gathered,
-        H_CONTIGUOUS=h_contiguous,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
 
 
 @triton.jit
@@ -384,78 +309,3 @@ def _grad_columns(
         if GATED:
             d_second_desc.store([start_row, start_n], d_second.to(wh_desc.dtype))
     return d_w
-
-
-@triton.jit
-def grad_scores_kernel(
-    d_w_ptr,  # [NUM_N, R]
-    row_S_ptr,
-    out_ptr,  # [S]
-    num_slots,
-    num_rows,
-    NUM_N: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add up the column tiles' parts of the routing weights' gradients. Grid: blocks of slots."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(row_S_ptr + slot, mask=slot < num_slots, other=-1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for tile_n in range(NUM_N):
-        parts = d_w_ptr + tile_n * num_rows.to(tl.int64) + row
-        total += tl.load(parts, mask=row >= 0, other=0.0)
-    tl.store(out_ptr + slot, total.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
-
-
-@triton.jit
-def grad_weight_kernel(
-    tokens_ptr,  # [T, H], rows stride_tokens apart; GATHERED: a descriptor of [R, H]
-    rows_desc,  # [R, Q]
-    out_desc,  # [L, Q, H] or [L, H, Q]
-    slot_R_ptr,
-    end_tile_L_ptr,
-    stride_tokens,
-    num_experts,
-    TOP_K: tl.constexpr,
-    H: tl.constexpr,
-    Q: tl.constexpr,
-    BM: tl.constexpr,
-    BH: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    GATHERED: tl.constexpr,
-    H_CONTIGUOUS: tl.constexpr,
-):
-    """Grid: as many programs as fit, each taking every num_programs-th tile of all experts.
-
-    Order: expert by expert, H fastest, so that the programs beside each other share an expert's
-    rows in L2. BK rows at a time; BK divides BM, so no step crosses into the next expert.
-    """
-    num_h: tl.constexpr = (H + BH - 1) // BH
-    num_q: tl.constexpr = (Q + BQ - 1) // BQ
-    for tile in tl.range(tl.program_id(0), num_experts * num_h * num_q, tl.num_programs(0)):
-        expert = tile // (num_h * num_q)
-        inside = tile % (num_h * num_q)
-        start_h = (inside % num_h) * BH
-        start_q = (inside // num_h) * BQ
-        end = tl.load(end_tile_L_ptr + expert) * BM
-        begin = tl.load(end_tile_L_ptr + tl.maximum(expert, 1) - 1) * BM
-        begin = tl.where(expert == 0, 0, begin)
-        offs_h = start_h + tl.arange(0, BH)
-        acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
-        for row in tl.range(begin, end, BK):
-            if GATHERED:
-                tokens = tokens_ptr.load([row, start_h])
-            else:
-                slot = tl.load(slot_R_ptr + row + tl.arange(0, BK))
-                token = tl.maximum(slot, 0) // TOP_K
-                ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + offs_h[None, :]
-                mask = (slot >= 0)[:, None]
-                if H % BH != 0:
-                    mask = mask & (offs_h < H)[None, :]
-                tokens = tl.load(ptrs, mask=mask, other=0.0)
-            rows = rows_desc.load([row, start_q])
-            acc = tl.dot(rows.T, tokens, acc) if H_CONTIGUOUS else tl.dot(tokens.T, rows, acc)
-        if H_CONTIGUOUS:
-            out_desc.store([expert, start_q, start_h], acc.to(out_desc.dtype).reshape(1, BQ, BH))
-        else:
-            out_desc.store([expert, start_h, start_q], acc.to(out_desc.dtype).reshape(1, BH, BQ))
