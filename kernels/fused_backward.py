@@ -1,7 +1,7 @@
 """The fused backward of the local form: the rows again, then every gradient that is asked for.
 
 Legend: T tokens, A experts per token, S = T*A slots, R tile rows, L experts, H model dim, I expert
-intermediate dim, N columns of the in-projection.
+intermediate dim, N columns of the in-projection, P parts of a sum.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ from comet_compile.kernels.route_tiles import TileRouting, route_tiles
 
 def why_not(params: ExpertParams, math: LayerMath, has_rows: bool) -> str | None:
     """Return why the fused backward cannot run where the fused forward can, None if it can."""
-    if not has_rows:
-        return "the forward kept no rows"
-    if any(bias is not None for bias in (params.b_in, params.b_up, params.b_out)):
-        return "the experts have biases"
-    if math.weight_place == "before":
-        return "routing weights multiply before the experts"
-    return None
+    return None if has_rows else "the forward kept no rows"
 
 
 def local_backward(
@@ -42,60 +36,42 @@ def local_backward(
     *,
     gathered: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, None, None, None), None if not needed."""
+    """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
+
+    What `needs` does not ask for, or whose input is None, is None.
+    """
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
     grad_TH = grad_y.to(x_TH.dtype)
-    grad_TH = grad_TH if grad_TH.stride(1) == 1 else grad_TH.contiguous()
-    weights_TA = None if routed.weights is None else routed.weights.contiguous()
-    num_tokens, top_k = routed.ids.shape
-    inter = params.w_out.shape[1]
-
-    routing = route_tiles(routed.ids, params.num_experts, plan.block_m, key)
-    gathered = gathers(plan) if gathered is None else gathered
-    grads = x_rows = None
-    if gathered:
-        grads = layer_backward.gather_rows(grad_TH, routing, top_k, key)
-        if needs.w_in or needs.w_up:
-            x_rows = layer_backward.gather_rows(x_TH, routing, top_k, (key, "x") if key else None)
-    grads = grad_TH if grads is None else grads
-    x_rows = x_TH if x_rows is None else x_rows
+    call = _Call(
+        x_TH=x_TH,
+        grad_TH=grad_TH if grad_TH.stride(1) == 1 else grad_TH.contiguous(),
+        weights_TA=None if routed.weights is None else routed.weights.contiguous(),
+        routing=route_tiles(routed.ids, params.num_experts, plan.block_m, key),
+        top_k=routed.ids.shape[1],
+        params=params,
+        math=math,
+        needs=needs,
+        plan=plan,
+        gathered=gathers(plan) if gathered is None else gathered,
+        key=key,
+    )
+    grads = call.gather(call.grad_TH, "grad_y") if call.gathered else call.grad_TH
     d_pre_RN, wh_RI, d_w = layer_backward.grad_hidden(
         grads,
         saved,
-        weights_TA,
-        routing,
+        call.weights_at("between", "after"),
+        call.routing,
         params,
         math,
         hidden_tiles(plan),
-        top_k,
-        gathered=gathered,
+        call.top_k,
+        gathered=call.gathered,
         key=key,
     )
-    d_x = d_weights = d_w_in = d_w_up = d_w_out = None
-    if needs.weights and routed.weights is not None:
-        d_w_S = grad_routing.grad_scores(d_w, routing.row_S, routed.weights.dtype, key)
-        d_weights = d_w_S.view(num_tokens, top_k)
-    if needs.x:
-        d_x = _grad_tokens(d_pre_RN, routing, params, plan.layer1, (num_tokens, top_k), x_TH, key)
-
-    tiles = weight_tiles(plan)
-
-    def weight(tokens: Tensor, rows: Tensor, param: Tensor, *, swap: bool = False) -> Tensor:
-        out = torch.empty_like(param)
-        as_hidden_first = out.transpose(1, 2) if swap else out
-        grad_params.grad_weight(
-            tokens, rows, as_hidden_first, routing, tiles, top_k, gathered=gathered, key=key
-        )
-        return out
-
-    if needs.w_in:
-        first = d_pre_RN if params.w_up is None else d_pre_RN[:, :inter]
-        d_w_in = weight(x_rows, first, params.w_in)
-    if needs.w_up and params.w_up is not None:
-        d_w_up = weight(x_rows, d_pre_RN[:, inter:], params.w_up)
-    if needs.w_out:
-        d_w_out = weight(grads, wh_RI, params.w_out, swap=True)
-    return d_x, d_weights, d_w_in, d_w_up, d_w_out, None, None, None
+    d_x, d_w_before = call.grad_tokens(d_pre_RN)
+    d_weights = call.grad_scores(d_w if d_w_before is None else d_w_before)
+    matrices = call.grad_matrices(d_pre_RN, wh_RI, grads)
+    return d_x, d_weights, *matrices, *call.grad_biases(d_pre_RN, grads)
 
 
 def gathers(plan: Plan) -> bool:
@@ -126,33 +102,155 @@ def weight_tiles(plan: Plan) -> GemmTiles:
     )
 
 
-def _grad_tokens(
-    d_pre_RN: Tensor,
-    routing: TileRouting,
-    params: ExpertParams,
-    tiles: GemmTiles,
-    shape_TA: tuple[int, int],
-    x_TH: Tensor,
-    key: Hashable | None,
-) -> Tensor:
-    """Return d_x [T, H]."""
-    inter = params.w_out.shape[1]
-    pairs = [(d_pre_RN, params.w_in)]
-    if params.w_up is not None:
-        pairs = [(d_pre_RN[:, :inter], params.w_in), (d_pre_RN[:, inter:], params.w_up)]
-    total = None
-    for index, (rows, weight) in enumerate(pairs):
-        part_key = None if key is None else (key, "d_x", index)
-        out_RH = layer1.gemm_rows(rows, weight.transpose(1, 2), None, routing, tiles, part_key)
-        part = layer1.sum_slots(
-            out_RH,
-            routing.row_S,
-            None,
-            shape_TA,
-            torch.float32,
-            x_TH.dtype if len(pairs) == 1 else torch.float32,
-            part_key,
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """One backward: its tensors in strides that the kernels take, and how it runs."""
+
+    x_TH: Tensor
+    grad_TH: Tensor
+    weights_TA: Tensor | None
+    routing: TileRouting
+    top_k: int
+    params: ExpertParams
+    math: LayerMath
+    needs: Needs
+    plan: Plan
+    gathered: bool
+    key: Hashable | None
+
+    def weights_at(self, *places: str) -> Tensor | None:
+        """Return the routing weights [T, A] if they multiply at one of `places`."""
+        return self.weights_TA if self.math.weight_place in places else None
+
+    def key_of(self, *part: Hashable) -> Hashable | None:
+        """Return the key of one of several launches of a kernel."""
+        return None if self.key is None else (self.key, *part)
+
+    def gather(self, tokens_TH: Tensor, name: str, weights_TA: Tensor | None = None) -> Tensor:
+        """Return [R, H], the tokens in the order of the experts."""
+        return layer_backward.gather_rows(
+            tokens_TH, self.routing, self.top_k, weights_TA, self.key_of(name)
         )
-        total = part if total is None else total + part
-    assert total is not None
-    return total.to(x_TH.dtype)
+
+    def grad_tokens(self, d_pre_RN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return (d_x [T, H], d_w [1, R] of weights that multiply before, else None)."""
+        before_TA = self.weights_at("before")
+        d_x = d_w_PR = None
+        if self.needs.weights and before_TA is not None:
+            d_w_PR = d_pre_RN.new_empty(1, d_pre_RN.shape[0], dtype=torch.float32)
+        if not self.needs.x and d_w_PR is None:
+            return None, None
+        dtype = self.x_TH.dtype
+        pairs = self._in_projections(d_pre_RN)
+        for index, (rows, weight) in enumerate(pairs):
+            key = self.key_of("d_x", index)
+            out_RH = layer1.gemm_rows(
+                rows, weight.transpose(1, 2), None, self.routing, self.plan.layer1, key
+            )
+            if d_w_PR is not None:
+                grad_routing.dot_tokens(
+                    self.x_TH, out_RH, d_w_PR[0], self.routing, self.top_k, add=index > 0, key=key
+                )
+            if self.needs.x:
+                part = layer1.sum_slots(
+                    out_RH,
+                    self.routing.row_S,
+                    before_TA,
+                    (self.x_TH.shape[0], self.top_k),
+                    torch.float32,
+                    dtype if len(pairs) == 1 else torch.float32,
+                    key,
+                )
+                d_x = part if d_x is None else d_x + part
+        return None if d_x is None else d_x.to(dtype), d_w_PR
+
+    def grad_scores(self, d_w_PR: Tensor) -> Tensor | None:
+        """Return d_weights [T, A], whose parts `d_w_PR` lack what b_out adds to them."""
+        weights_TA, b_out = self.weights_TA, self.params.b_out
+        if not self.needs.weights or weights_TA is None:
+            return None
+        if b_out is not None and self.math.weight_place == "after":
+            grad_routing.dot_tokens(
+                self.grad_TH,
+                b_out if b_out.stride(1) == 1 else b_out.contiguous(),
+                d_w_PR[0],
+                self.routing,
+                self.top_k,
+                by_expert=True,
+                add=True,
+                key=self.key,
+            )
+        d_w_S = grad_routing.grad_scores(d_w_PR, self.routing.row_S, weights_TA.dtype, self.key)
+        return d_w_S.view(weights_TA.shape)
+
+    def grad_matrices(
+        self, d_pre_RN: Tensor, wh_RI: Tensor, grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return (d_w_in, d_w_up, d_w_out); `grads` is the gradient of y, or its rows."""
+        params, needs = self.params, self.needs
+        wanted = (needs.w_in, needs.w_up and params.w_up is not None)
+        first_two: list[Tensor | None] = [None, None]
+        if any(wanted):
+            before_TA = self.weights_at("before")
+            # multiplied in the GEMM, the tokens would pass through registers
+            gathered = self.gathered or before_TA is not None
+            tokens = self.gather(self.x_TH, "x", before_TA) if gathered else self.x_TH
+            for index, (rows, weight) in enumerate(self._in_projections(d_pre_RN)):
+                if wanted[index]:
+                    first_two[index] = self._grad_matrix(tokens, rows, weight, gathered)
+        d_w_out = None
+        if needs.w_out:
+            d_w_out = self._grad_matrix(grads, wh_RI, params.w_out, self.gathered, swap=True)
+        return *first_two, d_w_out
+
+    def grad_biases(self, d_pre_RN: Tensor, grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return (d_b_in, d_b_up, d_b_out); `grads` is the gradient of y, or its rows."""
+        params, needs = self.params, self.needs
+        inter = params.w_out.shape[1]
+
+        def bias(
+            name: str, rows: Tensor, weights_TA: Tensor | None = None, *, gathered: bool = True
+        ) -> Tensor | None:
+            param = getattr(params, name)
+            if param is None or not getattr(needs, name):
+                return None
+            out = torch.empty_like(param)
+            grad_params.grad_bias(
+                rows,
+                out,
+                self.routing,
+                self.top_k,
+                weights_TA,
+                gathered=gathered,
+                key=self.key_of(name),
+            )
+            return out
+
+        return (
+            bias("b_in", d_pre_RN),
+            bias("b_up", d_pre_RN[:, inter:]),
+            bias("b_out", grads, self.weights_at("after"), gathered=self.gathered),
+        )
+
+    def _in_projections(self, d_pre_RN: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the gradient rows of w_in, and of w_up if there is one, each with its matrix."""
+        w_in, w_up, inter = self.params.w_in, self.params.w_up, self.params.w_out.shape[1]
+        if w_up is None:
+            return [(d_pre_RN, w_in)]
+        return [(d_pre_RN[:, :inter], w_in), (d_pre_RN[:, inter:], w_up)]
+
+    def _grad_matrix(
+        self, tokens: Tensor, rows: Tensor, param: Tensor, gathered: bool, *, swap: bool = False
+    ) -> Tensor:
+        out = torch.empty_like(param)
+        grad_params.grad_weight(
+            tokens,
+            rows,
+            out.transpose(1, 2) if swap else out,
+            self.routing,
+            weight_tiles(self.plan),
+            self.top_k,
+            gathered=gathered,
+            key=self.key,
+        )
+        return out

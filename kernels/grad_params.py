@@ -1,4 +1,4 @@
-"""The gradients of the experts' matrices: sums over an expert's rows.
+"""The gradients of the experts' matrices and biases: sums over an expert's rows.
 
 They read the rows of whole tiles, `block_m` at a time, so rows of padding must be zeros.
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comet_compile.kernels.launch import descriptor, full_grid, launch
+from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
 
@@ -45,7 +45,8 @@ def grad_weight(
     block_k = min(tiles.block_k, routing.block_m)
     box = (tiles.block_n, tiles.block_m) if h_contiguous else (tiles.block_m, tiles.block_n)
     # several gradients of one call come here, and two of them may be alike in all but this
-    alike = (rows_RQ.stride(0), num_q, h_contiguous, tokens.stride(0), tokens.data_ptr() & 15)
+    tokens_are = (gathered, tokens.stride(0), tokens.data_ptr() & 15)
+    alike = (rows_RQ.stride(0), num_q, h_contiguous, *tokens_are)
     launch(
         grad_weight_kernel,
         full_grid(tiles.num_programs),
@@ -70,6 +71,46 @@ def grad_weight(
         H_CONTIGUOUS=h_contiguous,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+    )
+
+
+def grad_bias(
+    rows: Tensor,
+    out_LQ: Tensor,
+    routing: TileRouting,
+    top_k: int,
+    weights_TA: Tensor | None = None,
+    *,
+    gathered: bool = True,
+    key: Hashable | None = None,
+) -> None:
+    """Fill `out_LQ` [L, Q] with the sum over an expert's rows, each times its routing weight.
+
+    `rows` is [R, Q], or [T, Q] if not `gathered`; columns of a wider tensor will do.
+    """
+    num_experts, num_q = out_LQ.shape
+    if routing.slot_R.shape[0] == 0:
+        out_LQ.zero_()
+        return
+    block_q = min(64, power_of_2(num_q))
+    launch(
+        grad_bias_kernel,
+        full_grid(num_experts, div_up(num_q, block_q)),
+        key,
+        rows,
+        out_LQ,
+        weights_TA,
+        routing.slot_R,
+        routing.end_tile_L,
+        rows.stride(0),
+        *out_LQ.stride(),
+        TOP_K=top_k,
+        Q=num_q,
+        BM=routing.block_m,
+        ROWS=min(64, routing.block_m),
+        BQ=block_q,
+        GATHERED=gathered,
+        num_warps=4,
     )
 
 
@@ -104,9 +145,7 @@ def grad_weight_kernel(
         inside = tile % (num_h * num_q)
         start_h = (inside % num_h) * BH
         start_q = (inside // num_h) * BQ
-        end = tl.load(end_tile_L_ptr + expert) * BM
-        begin = tl.load(end_tile_L_ptr + tl.maximum(expert, 1) - 1) * BM
-        begin = tl.where(expert == 0, 0, begin)
+        begin, end = _rows_of(expert, end_tile_L_ptr, BM)
         offs_h = start_h + tl.arange(0, BH)
         acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
         for row in tl.range(begin, end, BK):
@@ -126,3 +165,48 @@ def grad_weight_kernel(
             out_desc.store([expert, start_q, start_h], acc.to(out_desc.dtype).reshape(1, BQ, BH))
         else:
             out_desc.store([expert, start_h, start_q], acc.to(out_desc.dtype).reshape(1, BH, BQ))
+
+
+@triton.jit
+def grad_bias_kernel(
+    rows_ptr,  # [T, Q], GATHERED: [R, Q]; rows stride_rows apart
+    out_ptr,  # [L, Q]
+    weights_ptr,  # [S] or None
+    slot_R_ptr,
+    end_tile_L_ptr,
+    stride_rows,
+    stride_out_l,
+    stride_out_q,
+    TOP_K: tl.constexpr,
+    Q: tl.constexpr,
+    BM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BQ: tl.constexpr,
+    GATHERED: tl.constexpr,
+):
+    """Grid: (experts, blocks of BQ columns). One program walks all rows of an expert, in order."""
+    expert = tl.program_id(0)
+    begin, end = _rows_of(expert, end_tile_L_ptr, BM)
+    cols = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    acc = tl.zeros((ROWS, BQ), tl.float32)
+    for first in tl.range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        slot = tl.load(slot_R_ptr + row)
+        if not GATHERED:
+            row = tl.maximum(slot, 0) // TOP_K
+        mask = (slot >= 0)[:, None] & (cols < Q)[None, :]
+        ptrs = rows_ptr + row[:, None].to(tl.int64) * stride_rows + cols[None, :]
+        rows = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            scale = tl.load(weights_ptr + tl.maximum(slot, 0), mask=slot >= 0, other=0.0)
+            rows *= scale.to(tl.float32)[:, None]
+        acc += rows
+    out_ptrs = out_ptr + expert.to(tl.int64) * stride_out_l + cols * stride_out_q
+    tl.store(out_ptrs, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=cols < Q)
+
+
+@triton.jit
+def _rows_of(expert, end_tile_L_ptr, BM: tl.constexpr):
+    """Return the first row of the expert's tiles and the row behind the last."""
+    begin = tl.load(end_tile_L_ptr + tl.maximum(expert, 1) - 1) * BM
+    return tl.where(expert == 0, 0, begin), tl.load(end_tile_L_ptr + expert) * BM

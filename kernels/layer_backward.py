@@ -1,4 +1,4 @@
-"""The kernels of a layer's backward on one device.
+"""The backward of a layer on one device: its formulas, and the kernels of its rows.
 
 With g = the gradient of y, rows r of slots (t, j) and experts e as in `layer0`:
 
@@ -8,10 +8,24 @@ With g = the gradient of y, rows r of slots (t, j) and experts e as in `layer0`:
     d_x[t]   = sum_j d_pre[row(t, j)] @ w_in[e]^T        layer1.gemm_rows, layer1.sum_slots
     d_w_in[e]  = sum_r x[t]^T d_pre[r]                   grad_params.grad_weight
     d_w_out[e] = sum_r wh[r]^T g[t]                      grad_params.grad_weight
+    d_b_in[e]  = sum_r d_pre[r]                          grad_params.grad_bias
+    d_b_out[e] = sum_r g[t]                              grad_params.grad_bias
 
-w is the routing weight where it multiplies "between" or "after" (the two have the same gradients,
-since w (h @ w_out) = (w h) @ w_out), else 1. Sums are in float32 and in a fixed order. Rows of
-padding are written as zeros, so that the weight gradients may read them.
+w is the routing weight where it multiplies "between" or "after", else 1. The two have the same
+gradients, since w (h @ w_out) = (w h) @ w_out, but for a bias b_out, which only "after" multiplies:
+
+    d_w[t,j]   = d_h[r] . h[r] + g[t] . b_out[e]         grad_routing.dot_tokens
+    d_b_out[e] = sum_r w * g[t]
+
+"Before" multiplies the token, in front of the biases, pre = w * (x @ w_in) + b_in:
+
+    u[r]     = d_pre[r] @ w_in[e]^T                      layer1.gemm_rows
+    d_x[t]   = sum_j w[t,j] * u[row(t, j)]               layer1.sum_slots
+    d_w[t,j] = x[t] . u[r]                               grad_routing.dot_tokens
+    d_w_in[e] = sum_r (w * x[t])^T d_pre[r]              gather_rows, grad_params.grad_weight
+
+Sums are in float32 and in a fixed order. Rows of padding are written as zeros, so that the weight
+gradients may read them.
 
 Legend: T tokens, A experts per token, S = T*A slots, R tile rows, M tiles, L experts, H model dim,
 I expert intermediate dim, N columns of the in-projection.
@@ -36,9 +50,13 @@ from comet_compile.kernels.route_tiles import TileRouting
 
 
 def gather_rows(
-    tokens_TH: Tensor, routing: TileRouting, top_k: int, key: Hashable | None = None
+    tokens_TH: Tensor,
+    routing: TileRouting,
+    top_k: int,
+    weights_TA: Tensor | None = None,
+    key: Hashable | None = None,
 ) -> Tensor:
-    """Return [R, H], the token of each tile row; rows of padding are zero."""
+    """Return [R, H], the token of each tile row, times its weight; rows of padding are zero."""
     num_rows, hidden = routing.slot_R.shape[0], tokens_TH.shape[1]
     rows_RH = tokens_TH.new_empty(num_rows, hidden)
     block_h = min(2048, power_of_2(hidden))
@@ -49,6 +67,7 @@ def gather_rows(
             key,
             tokens_TH,
             rows_RH,
+            weights_TA,
             routing.slot_R,
             routing.num_tiles,
             tokens_TH.stride(0),
@@ -78,7 +97,8 @@ def grad_hidden(
     """Return (d_pre [R, N], wh [R, I], d_w partial sums [I / block_n, R] float32).
 
     `grad_rows` is the gradient of the tokens [T, H], or of their rows [R, H] (`gather_rows`), if
-    `gathered`. The columns of d_pre are those of `saved_SN`: halves, or interleaved.
+    `gathered`. The columns of d_pre are those of `saved_SN`: halves, or interleaved. Without
+    `weights_TA`, as where they multiply before, d_w is left as it is.
     """
     act = math.activation
     num_rows, columns = routing.slot_R.shape[0], saved_SN.shape[1]
@@ -144,6 +164,7 @@ def grad_hidden(
 def gather_rows_kernel(
     tokens_ptr,  # [T, H], rows stride_tokens apart
     rows_ptr,  # [R, H]
+    weights_ptr,  # [S] or None
     slot_R_ptr,
     num_tiles_ptr,
     stride_tokens,
@@ -164,9 +185,11 @@ def gather_rows_kernel(
             is_column = (cols < H)[None, :]
             ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + cols[None, :]
             values = tl.load(ptrs, mask=(slot >= 0)[:, None] & is_column, other=0.0)
-            tl.store(
-                rows_ptr + row[:, None].to(tl.int64) * H + cols[None, :], values, mask=is_column
-            )
+            if weights_ptr is not None:
+                scale = tl.load(weights_ptr + tl.maximum(slot, 0), mask=slot >= 0, other=0.0)
+                values = values.to(tl.float32) * scale.to(tl.float32)[:, None]
+            row_ptrs = rows_ptr + row[:, None].to(tl.int64) * H + cols[None, :]
+            tl.store(row_ptrs, values.to(rows_ptr.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
