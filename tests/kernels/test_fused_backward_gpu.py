@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 GPT_OSS = "swiglu_oai:interleaved:alpha=1.702:limit=7.0"
+BEFORE: dict[str, Any] = {"weight_place": "before", "biases": True}
 
 
 def step(case: Case) -> tuple[Tensor, ...]:
@@ -92,6 +93,29 @@ CASES: dict[str, dict[str, Any]] = {
     "between": {
         "sizes": (500, 1, 8, 512, 256), "activation": "gelu_glu", "weight_place": "between",
     },
+    "gpt_oss_biases": {
+        "sizes": (500, 4, 32, 576, 576), "activation": GPT_OSS, "k_contiguous": False,
+        "biases": True, "strays": True,
+    },
+    "biases": {"sizes": (1000, 2, 8, 512, 256), "biases": True},
+    "biases_apart": {
+        "sizes": (1000, 2, 8, 512, 264), "activation": "silu_glu:up_first", "apart": True,
+        "biases": True,
+    },
+    "biases_between": {
+        "sizes": (500, 1, 8, 512, 256), "activation": "gelu_glu", "weight_place": "between",
+        "biases": True,
+    },
+    "biases_of_few_rows": {"sizes": (64, 8, 128, 512, 256), "biases": True},
+    "before": {"sizes": (1000, 2, 8, 512, 256), "weight_place": "before", "strays": True},
+    "before_n_contiguous_apart": {
+        "sizes": (1000, 2, 8, 512, 256), "weight_place": "before", "k_contiguous": False,
+        "apart": True, "biases": True,
+    },
+    "before_odd_sizes": {
+        "sizes": (500, 2, 8, 520, 200), "activation": "relu2", "weight_place": "before",
+        "biases": True, "weights_dtype": torch.bfloat16,
+    },
     "odd_sizes": {"sizes": (500, 2, 8, 520, 200), "activation": "relu2"},
     "gelu_fp16": {"sizes": (500, 2, 8, 512, 256), "activation": "gelu", "dtype": torch.float16},
 }  # fmt: skip
@@ -103,26 +127,29 @@ def test_values_and_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(make_layer(*options.pop("sizes"), **options), monkeypatch)
 
 
+@pytest.mark.parametrize("options", [{}, BEFORE], ids=["after", "before"])
 @pytest.mark.parametrize(
     "ids", [[[-1, 9]] * 1000, [[1, 1]] * 1000], ids=["no_expert", "one_expert"]
 )
-def test_routing_edges(ids: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_layer(1000, 2, 8, 512, 256)
+def test_routing_edges(
+    ids: list[list[int]], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_layer(1000, 2, 8, 512, 256, **options)
     check(dataclasses.replace(case, ids=torch.tensor(ids, device=DEVICE)), monkeypatch)
 
 
 def test_no_tokens() -> None:
-    case = make_layer(0, 2, 8, 512, 256)
+    case = make_layer(0, 2, 8, 512, 256, biases=True)
     with poisoned_memory():
-        y, d_x, d_weights, d_w_in, _, d_w_out, *_ = step(case)
+        y, d_x, d_weights, *d_params = step(case)
     assert y.shape == d_x.shape == case.x.shape
     assert d_weights.shape == (0, 2)
-    assert not d_w_in.any()
-    assert not d_w_out.any()
+    assert not any(grad.any() for grad in d_params)
 
 
-def test_the_host_never_waits() -> None:
-    case = make_layer(1000, 2, 8, 512, 256, strays=True)
+@pytest.mark.parametrize("options", [{}, BEFORE], ids=["after", "before"])
+def test_the_host_never_waits(options: dict[str, Any]) -> None:
+    case = make_layer(1000, 2, 8, 512, 256, strays=True, **options)
     step(case)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -132,8 +159,11 @@ def test_the_host_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_graph_of_both_directions_is_replayed_with_other_routings() -> None:
-    static = make_layer(1000, 2, 8, 512, 256)
+@pytest.mark.parametrize("options", [{}, BEFORE], ids=["after", "before"])
+def test_a_graph_of_both_directions_is_replayed_with_other_routings(
+    options: dict[str, Any],
+) -> None:
+    static = make_layer(1000, 2, 8, 512, 256, **options)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -144,7 +174,7 @@ def test_a_graph_of_both_directions_is_replayed_with_other_routings() -> None:
         captured = step(static)
 
     def fresh(seed: int) -> Case:
-        return make_layer(1000, 2, 8, 512, 256, strays=seed == 1, seed=seed)
+        return make_layer(1000, 2, 8, 512, 256, strays=seed == 1, seed=seed, **options)
 
     one, few = fresh(2), fresh(3)
     one.ids.fill_(5)
