@@ -112,8 +112,11 @@ BACKWARD_REGISTERS = {
     (90, "qwen3_30b", 8192): (139, 154, 176),
     (90, "halves_n_contiguous", 8192): (175, 154, 176),
     (90, "interleaved_k_contiguous", 8192): (255, 154, 176),
+    (90, "gpt_oss", 8192): (255, 154, 175),
+    (90, "plain", 8192): (148, 154, 176),
     (80, "qwen3_30b", 512): (255, 255, 255),
     (100, "qwen3_30b", 8192): (155, 146, 152),
+    (100, "gpt_oss", 8192): (255, 145, 148),
 }
 # And of (dispatch_gemm_act, gemm_rows) in the exchange of two ranks.
 EXCHANGE_REGISTERS = {
@@ -128,6 +131,9 @@ REGISTERS_BY_KERNEL = {
     "place_slots": 128,
     "sum_slots": 40,
     "grad_scores": 32,
+    "dot_tokens": 52,
+    "gather_rows": 44,
+    "grad_bias": 66,
     "publish_tokens": 40,
     "receive_routing": 32,
     "order_tiles": 64,
@@ -137,6 +143,8 @@ REGISTERS_BY_KERNEL = {
 # Bytes that grad_hidden spills with one of the two versions of triton.
 SPILLED_BYTES = {
     (90, "interleaved_k_contiguous", 8192): 24,  # 3.9.0
+    (90, "gpt_oss", 8192): 40,  # 3.9.0
+    (100, "gpt_oss", 8192): 56,  # 3.9.0
     (100, "qwen3_30b", 8192): 8,  # 3.6.0
 }
 # The tiles of both directions are sized for sm_90.
@@ -208,7 +216,7 @@ def compile_layer(capability: int, model: Model, num_tokens: int) -> list[Compil
 
 def compile_backward(capability: int, model: Model, num_tokens: int) -> list[Compiled]:
     """Compile what `local_backward` launches for all gradients."""
-    layer = Layer.of(model, num_tokens, biases=False)
+    layer = Layer.of(model, num_tokens, biases=model.biases)
     plan = plan_of(capability, model, num_tokens)
     saved = empty(num_tokens * model.top_k, layer.params.w_in.shape[2])
     grad_y = empty(num_tokens, model.hidden)
@@ -285,19 +293,35 @@ def test_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -
     ],
 )
 def test_backward_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -> None:
-    compiled = compile_backward(capability, MODELS[name], num_tokens)
+    model = MODELS[name]
+    compiled = compile_backward(capability, model, num_tokens)
     gemms = ("grad_hidden", "gemm_rows", "grad_weight")
     registers = BACKWARD_REGISTERS[capability, name, num_tokens]
-    assert {kernel.name for kernel in compiled} == {
-        f"{name}_kernel"
-        for name in ("count_slots", "place_slots", "grad_scores", "sum_slots", *gemms)
-    }
+    assert {kernel.name.removesuffix("_kernel") for kernel in compiled} == {
+        *("count_slots", "place_slots", "grad_scores", "sum_slots", *gemms), *row_sums_of(model)
+    }  # fmt: skip
     assert_within(
         compiled,
         capability,
         {**REGISTERS_BY_KERNEL, **dict(zip(gemms, registers, strict=True))},
         {"grad_hidden": SPILLED_BYTES.get((capability, name, num_tokens), 0)},
     )
+
+
+def row_sums_of(model: Model) -> set[str]:
+    """What the backward launches for biases, and for weights that multiply before."""
+    before = {"gather_rows", "dot_tokens"} if model.weight_place == "before" else set()
+    after = {"dot_tokens"} if model.biases and model.weight_place == "after" else set()
+    return before | after | ({"grad_bias"} if model.biases else set())
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "plain"])
+def test_row_sums_of_the_backward_compile_without_a_spill_on_sm_80(name: str) -> None:
+    model = MODELS[name]
+    sums = {f"{stem}_kernel" for stem in row_sums_of(model)}
+    compiled = [k for k in compile_backward(80, model, 64) if k.name in sums]
+    assert {kernel.name for kernel in compiled} == sums
+    assert_within(compiled, 80, REGISTERS_BY_KERNEL, {})
 
 
 @pytest.mark.parametrize(
