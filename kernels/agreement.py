@@ -24,6 +24,7 @@ from torch.distributed.constants import default_pg_timeout
 from comet_compile.errors import PeerTimeoutError, PlanMismatchError
 
 _POLL_SECONDS = (0.0005, 0.05)
+_MAX_REMEMBERED = 4096
 
 
 @dataclasses.dataclass
@@ -33,6 +34,7 @@ class _GroupState:
     agreed: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     num_handshakes: int = 0
     known: dict[Hashable, list[Any]] = dataclasses.field(default_factory=dict)
+    seconds: float | None = None
 
 
 class Agreements:
@@ -82,7 +84,10 @@ class Agreements:
     def remember(self, call: Hashable, group: dist.ProcessGroup, offers: list[Any]) -> None:
         """Keep the offers of the plan that `call` stands for."""
         if group in self._groups:
-            self._groups[group].known[call] = offers
+            known = self._groups[group].known
+            if len(known) >= _MAX_REMEMBERED:
+                known.clear()
+            known[call] = offers
 
     def num_handshakes(self, group: dist.ProcessGroup) -> int:
         """How many plans this process has put to `group` so far."""
@@ -93,7 +98,14 @@ class Agreements:
         if self._timeout is not None:
             return self._timeout
         variable = os.environ.get("COMET_AGREEMENT_TIMEOUT", "").strip()
-        return float(variable) if variable else _group_seconds(group)
+        if variable:
+            return float(variable)
+        state = self._groups.get(group)
+        if state is None:
+            return _group_seconds(group)
+        if state.seconds is None:  # asking the group takes as long as a small GEMM
+            state.seconds = _group_seconds(group)
+        return state.seconds
 
 
 # A mutable global because the op has no other place to keep it: ops are functions, and what was

@@ -3,7 +3,8 @@
     publish_tokens     copy this rank's tokens, ids and weights where peers can read them; tell them
     receive_routing    wait for the peers; which of their slots belong to experts of this rank
     pull_tokens        (inside layer0) fetch the tokens behind those slots, each once
-    push_sums          for every token of a peer: the sum over this rank's experts, into the peer
+    push_sums          (inside layer1) for every token of a peer: the sum over this rank's experts,
+                       into the peer's memory
     sum_own            for every own token: this rank's sum and the peers', in float32
 
 Peers go by *turn*: turn 0 is this rank, turn r is group rank ``(me + r) % P``. Every rank starts
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 
 from comet_compile.kernels.sync import (
+    OWN_ROWS,
     PARTS_OF_PEER,
     ROUTING_OF_PEER,
     TOKENS_OF_PEER,
@@ -33,6 +35,7 @@ from comet_compile.kernels.sync import (
 )
 
 _PARTS = tl.constexpr(PARTS_OF_PEER)
+_ROWS = tl.constexpr(OWN_ROWS)
 _ROUTING = tl.constexpr(ROUTING_OF_PEER)
 _TOKENS = tl.constexpr(TOKENS_OF_PEER)
 
@@ -113,9 +116,8 @@ def receive_routing_kernel(
     weights_S_ptr,  # [P * C * A] float32 or None
     num_tokens_P_ptr,  # [P] int32, by turn
     hist_ptr,  # [NB, E_P]
-    fetched_ptr,  # [P] int32, set to zero
-    sent_ptr,  # [P] int32, set to zero
-    ticket_ptr,  # [1] int32, set to zero
+    counters_ptr,  # [num_counters] int32, set to zero
+    num_counters,
     epoch_ptr,
     abort_ptr,
     message_ptr,
@@ -127,6 +129,7 @@ def receive_routing_kernel(
     L: tl.constexpr,
     P: tl.constexpr,
     E_P: tl.constexpr,
+    COUNTERS_P: tl.constexpr,
     BLOCK: tl.constexpr,
     CLOCK: tl.constexpr,
 ):
@@ -150,10 +153,10 @@ def receive_routing_kernel(
     num_tokens = tl.load(peer_pointer(peers_ptr, source, num_tokens_offset, tl.int32))
     num_tokens = tl.where(tl.load(abort_ptr) != 0, 0, num_tokens)
     if tl.program_id(0) == 0:
-        tl.store(ticket_ptr, 0)
         tl.store(num_tokens_P_ptr + turn, num_tokens)
-        tl.store(fetched_ptr + turn, 0)
-        tl.store(sent_ptr + turn, 0)
+        if turn == 0:
+            counter = tl.arange(0, COUNTERS_P)
+            tl.store(counters_ptr + counter, tl.zeros_like(counter), mask=counter < num_counters)
 
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_slot = offs < num_tokens * A
@@ -251,35 +254,42 @@ def wait_for_turns(
 
 
 @triton.jit
-def _sum_of_token(
-    token,  # turn * C + token
+def sum_of_tokens(
+    token,  # [BT] turn * C + token
+    is_token,
     rows_ptr,
     row_S_ptr,
     weights_S_ptr,
-    cols,
+    cols,  # [BH]
     A: tl.constexpr,
     H: tl.constexpr,
     PRODUCT: tl.constexpr,
+    BT: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Return ([BH] float32, whether any expert here has the token)."""
-    total = tl.zeros((BH,), tl.float32)
-    any_row = tl.full((), -1, tl.int64)
+    """Return ([BT, BH] float32, which tokens any expert here has [BT]).
+
+    All BT * A rows are in flight before the first sum.
+    """
+    total = tl.zeros((BT, BH), tl.float32)
+    any_row = tl.full((BT,), -1, tl.int32)
+    is_column = (cols < H)[None, :]
     for choice in tl.static_range(A):
-        row = tl.load(row_S_ptr + token * A + choice).to(tl.int64)
+        row = tl.load(row_S_ptr + token * A + choice, mask=is_token, other=-1)
         any_row = tl.maximum(any_row, row)
-        end = tl.where(row >= 0, H, 0)
-        values = tl.load(rows_ptr + row * H + cols, mask=cols < end, other=0.0)
+        is_row = row >= 0
+        ptrs = rows_ptr + row[:, None].to(tl.int64) * H + cols[None, :]
+        values = tl.load(ptrs, mask=is_row[:, None] & is_column, other=0.0)
         if weights_S_ptr is not None:
             # a weight beside a stray id may be anything, NaN included
-            weight = tl.where(row >= 0, tl.load(weights_S_ptr + token * A + choice), 0.0)
-            values = values.to(PRODUCT) * weight.to(PRODUCT)
+            weight = tl.load(weights_S_ptr + token * A + choice, mask=is_row, other=0.0)
+            values = values.to(PRODUCT) * weight.to(PRODUCT)[:, None]
         total += values.to(tl.float32)
     return total, any_row >= 0
 
 
 @triton.jit
-def push_sums_kernel(
+def push_sums(
     rows_ptr,  # [R, H]
     row_S_ptr,  # [P * C * A]
     weights_S_ptr,  # [P * C * A] or None
@@ -287,40 +297,67 @@ def push_sums_kernel(
     peers_ptr,
     sums_offset,  # of [P, C, H], by the receiver's turn
     arrived_offset,  # of [P] int32 flags, by source rank
-    sent_ptr,  # [P] int32, CTAs that are done with a turn
+    task_P_ptr,  # [P] int32, blocks of each turn that a CTA has taken
+    done_ptr,  # [1] int32, CTAs whose rows for the peers' tokens are in memory
+    sent_ptr,  # [P] int32, blocks that have been sent
     epoch_ptr,
+    abort_ptr,
+    message_ptr,
+    deadline,
     me,
     C,
     A: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
+    BT: tl.constexpr,
     BH: tl.constexpr,
+    STEPS: tl.constexpr,
     PRODUCT: tl.constexpr,
+    CLOCK: tl.constexpr,
 ):
-    """Grid: any number of programs, each taking every num_programs-th token of every peer.
+    """Send blocks of STEPS * BT tokens until all of them are taken.
 
     A token that no expert here wants is not sent: its owner knows which ranks it asked.
     """
     epoch = tl.load(epoch_ptr) + 1
+    if CLOCK:
+        wait(
+            done_ptr, tl.num_programs(0), abort_ptr, message_ptr, deadline, _ROWS, me, epoch,
+            "gpu", CLOCK,
+        )  # fmt: skip
+    elif tl.load(done_ptr) < tl.num_programs(0):
+        return  # in Triton's interpreter programs come one after another: the last one sends
     dtype = rows_ptr.dtype.element_ty
-    row = tl.full((), H, tl.int64)  # so that offsets are 64 bits wide
+    BLOCK: tl.constexpr = STEPS * BT
     for turn in range(1, P):
         receiver = (me + turn) % P
         num_tokens = tl.load(num_tokens_P_ptr + turn)
+        # one block also where there is no token: it carries the flag
+        num_blocks = tl.maximum(1, tl.cdiv(num_tokens, BLOCK))
         # this rank is the receiver's turn P - turn
         sums = peer_pointer(peers_ptr, receiver, sums_offset, dtype)
-        sums += (P - turn) * C * row
-        for token in tl.range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-            for start in range(0, H, BH):
-                cols = start + tl.arange(0, BH)
-                total, is_here = _sum_of_token(
-                    turn * C + token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BH
-                )
-                end = tl.where(is_here, H, 0)
-                tl.store(sums + token * row + cols, total.to(dtype), mask=cols < end)
-        if count_in(sent_ptr + turn, "sys") == tl.num_programs(0) - 1:
-            arrived = peer_pointer(peers_ptr, receiver, arrived_offset, tl.int32)
-            signal(arrived + me, epoch, "sys")
+        sums += (P - turn) * C * tl.full((), H, tl.int64)
+        block = tl.atomic_add(task_P_ptr + turn, 1, sem="relaxed")
+        while block < num_blocks:
+            following = tl.atomic_add(task_P_ptr + turn, 1, sem="relaxed")
+            for step in range(STEPS):
+                token = block * BLOCK + step * BT + tl.arange(0, BT)
+                is_token = token < num_tokens
+                for start in range(0, H, BH):
+                    cols = start + tl.arange(0, BH)
+                    total, is_here = sum_of_tokens(
+                        turn * C + token, is_token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H,
+                        PRODUCT, BT, BH,
+                    )  # fmt: skip
+                    ptrs = sums + token[:, None].to(tl.int64) * H + cols[None, :]
+                    mask = is_here[:, None] & (cols < H)[None, :]
+                    tl.store(ptrs, total.to(dtype), mask=mask)
+            if count_in(sent_ptr + turn, "sys") == num_blocks - 1:  # noqa: SIM102, as in sync.wait
+                # What was summed after a wait in vain is garbage: the peer shall wait in vain too.
+                if tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="gpu") == 0:
+                    arrived = peer_pointer(peers_ptr, receiver, arrived_offset, tl.int32)
+                    signal(arrived + me, epoch, "sys")
+            block = following
 
 
 @triton.jit
@@ -344,11 +381,12 @@ def sum_own_kernel(
     L: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
+    BT: tl.constexpr,
     BH: tl.constexpr,
     PRODUCT: tl.constexpr,
     CLOCK: tl.constexpr,
 ):
-    """Grid: any number of programs, each taking every num_programs-th token. Ends the call.
+    """Grid: any number of programs, each taking every num_programs-th BT tokens. Ends the call.
 
     The sum of a token runs over turns in order, so it is the same from call to call.
     """
@@ -368,27 +406,31 @@ def sum_own_kernel(
             CLOCK,
         )
     is_lost = tl.load(abort_ptr) != 0
-    row = tl.full((), H, tl.int64)  # so that offsets are 64 bits wide
-    for token in tl.range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BT), tl.num_programs(0)):
+        token = block * BT + tl.arange(0, BT)
+        is_token = token < num_tokens
+        rows = token[:, None].to(tl.int64) * H
         for start in range(0, H, BH):
             cols = start + tl.arange(0, BH)
-            total, _ = _sum_of_token(
-                token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BH
+            is_column = (cols < H)[None, :]
+            total, _ = sum_of_tokens(
+                token, is_token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BT, BH
             )
             for turn in range(1, P):
                 first_expert = ((me + turn) % P) * L
-                asked = tl.full((), 0, tl.int32)
+                asked = tl.zeros((BT,), tl.int32)
                 for choice in tl.static_range(A):
-                    expert = tl.load(ids_ptr + token * A + choice) - first_expert
-                    asked += ((expert >= 0) & (expert < L)).to(tl.int32)
-                end = tl.where(asked > 0, H, 0)
-                part = sums_ptr + (turn * C + token) * row + cols
-                total += tl.load(part, mask=cols < end, other=0.0).to(tl.float32)
+                    expert = tl.load(ids_ptr + token * A + choice, mask=is_token, other=-1)
+                    expert -= first_expert
+                    asked += (is_token & (expert >= 0) & (expert < L)).to(tl.int32)
+                part = sums_ptr + turn * C * tl.full((), H, tl.int64) + rows + cols[None, :]
+                mask = (asked > 0)[:, None] & is_column
+                total += tl.load(part, mask=mask, other=0.0).to(tl.float32)
             total = tl.where(is_lost, float("nan"), total)
             tl.store(
-                out_ptr + token * row + cols,
+                out_ptr + rows + cols[None, :],
                 total.to(out_ptr.dtype.element_ty),
-                mask=cols < H,
+                mask=is_token[:, None] & is_column,
             )
     if count_in(done_ptr, "gpu") == tl.num_programs(0) - 1:
         tl.store(done_ptr, 0)

@@ -7,7 +7,6 @@ intermediate dim, N columns of the in-projection.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -72,12 +71,10 @@ def local_forward(
     *,
     save: bool,
     plan: Plan | None = None,
-    key: Hashable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y [T, H] in `out_dtype`, pre-activation rows [S, N] or [0]).
 
     The saved rows are those of `portable.local_forward`; with stray ids, the last are garbage.
-    `key`: what `launch` takes; equal keys mean calls that differ in addresses only.
     """
     plan = plan_layer(routed, params, math) if plan is None else plan
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
@@ -89,11 +86,11 @@ def local_forward(
         columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
         saved = x_TH.new_empty(num_tokens * top_k, columns)
 
-    routing = route_tiles(routed.ids, params.num_experts, plan.block_m, key)
+    routing = route_tiles(routed.ids, params.num_experts, plan.block_m)
     h_RI = layer0.gather_gemm_act(
-        x_TH, weights_TA, routing, params, math, plan.layer0, top_k, saved if save else None, key
+        x_TH, weights_TA, routing, params, math, plan.layer0, top_k, saved if save else None
     )
-    rows_RH = layer1.gemm_rows(h_RI, params.w_out, params.b_out, routing, plan.layer1, key)
+    rows_RH = layer1.gemm_rows(h_RI, params.w_out, params.b_out, routing, plan.layer1)
     y_TH = layer1.sum_slots(
         rows_RH,
         routing.row_S,
@@ -101,7 +98,6 @@ def local_forward(
         (num_tokens, top_k),
         math.product_dtype,
         out_dtype,
-        key,
     )
     return y_TH, saved
 

@@ -7,7 +7,6 @@ intermediate dim, N columns of the in-projection, P parts of a sum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ def local_backward(
     math: LayerMath,
     needs: Needs,
     plan: Plan,
-    key: Hashable | None = None,
     *,
     gathered: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
@@ -46,16 +44,15 @@ def local_backward(
         x_TH=x_TH,
         grad_TH=grad_TH if grad_TH.stride(1) == 1 else grad_TH.contiguous(),
         weights_TA=None if routed.weights is None else routed.weights.contiguous(),
-        routing=route_tiles(routed.ids, params.num_experts, plan.block_m, key),
+        routing=route_tiles(routed.ids, params.num_experts, plan.block_m),
         top_k=routed.ids.shape[1],
         params=params,
         math=math,
         needs=needs,
         plan=plan,
         gathered=gathers(plan) if gathered is None else gathered,
-        key=key,
     )
-    grads = call.gather(call.grad_TH, "grad_y") if call.gathered else call.grad_TH
+    grads = call.gather(call.grad_TH) if call.gathered else call.grad_TH
     d_pre_RN, wh_RI, d_w = layer_backward.grad_hidden(
         grads,
         saved,
@@ -66,7 +63,6 @@ def local_backward(
         hidden_tiles(plan),
         call.top_k,
         gathered=call.gathered,
-        key=key,
     )
     d_x, d_w_before = call.grad_tokens(d_pre_RN)
     d_weights = call.grad_scores(d_w if d_w_before is None else d_w_before)
@@ -116,21 +112,14 @@ class _Call:
     needs: Needs
     plan: Plan
     gathered: bool
-    key: Hashable | None
 
     def weights_at(self, *places: str) -> Tensor | None:
         """Return the routing weights [T, A] if they multiply at one of `places`."""
         return self.weights_TA if self.math.weight_place in places else None
 
-    def key_of(self, *part: Hashable) -> Hashable | None:
-        """Return the key of one of several launches of a kernel."""
-        return None if self.key is None else (self.key, *part)
-
-    def gather(self, tokens_TH: Tensor, name: str, weights_TA: Tensor | None = None) -> Tensor:
+    def gather(self, tokens_TH: Tensor, weights_TA: Tensor | None = None) -> Tensor:
         """Return [R, H], the tokens in the order of the experts."""
-        return layer_backward.gather_rows(
-            tokens_TH, self.routing, self.top_k, weights_TA, self.key_of(name)
-        )
+        return layer_backward.gather_rows(tokens_TH, self.routing, self.top_k, weights_TA)
 
     def grad_tokens(self, d_pre_RN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return (d_x [T, H], d_w [1, R] of weights that multiply before, else None)."""
@@ -143,13 +132,12 @@ class _Call:
         dtype = self.x_TH.dtype
         pairs = self._in_projections(d_pre_RN)
         for index, (rows, weight) in enumerate(pairs):
-            key = self.key_of("d_x", index)
             out_RH = layer1.gemm_rows(
-                rows, weight.transpose(1, 2), None, self.routing, self.plan.layer1, key
+                rows, weight.transpose(1, 2), None, self.routing, self.plan.layer1
             )
             if d_w_PR is not None:
                 grad_routing.dot_tokens(
-                    self.x_TH, out_RH, d_w_PR[0], self.routing, self.top_k, add=index > 0, key=key
+                    self.x_TH, out_RH, d_w_PR[0], self.routing, self.top_k, add=index > 0
                 )
             if self.needs.x:
                 part = layer1.sum_slots(
@@ -159,7 +147,6 @@ class _Call:
                     (self.x_TH.shape[0], self.top_k),
                     torch.float32,
                     dtype if len(pairs) == 1 else torch.float32,
-                    key,
                 )
                 d_x = part if d_x is None else d_x + part
         return None if d_x is None else d_x.to(dtype), d_w_PR
@@ -178,9 +165,8 @@ class _Call:
                 self.top_k,
                 by_expert=True,
                 add=True,
-                key=self.key,
             )
-        d_w_S = grad_routing.grad_scores(d_w_PR, self.routing.row_S, weights_TA.dtype, self.key)
+        d_w_S = grad_routing.grad_scores(d_w_PR, self.routing.row_S, weights_TA.dtype)
         return d_w_S.view(weights_TA.shape)
 
     def grad_matrices(
@@ -194,7 +180,7 @@ class _Call:
             before_TA = self.weights_at("before")
             # multiplied in the GEMM, the tokens would pass through registers
             gathered = self.gathered or before_TA is not None
-            tokens = self.gather(self.x_TH, "x", before_TA) if gathered else self.x_TH
+            tokens = self.gather(self.x_TH, before_TA) if gathered else self.x_TH
             for index, (rows, weight) in enumerate(self._in_projections(d_pre_RN)):
                 if wanted[index]:
                     first_two[index] = self._grad_matrix(tokens, rows, weight, gathered)
@@ -222,7 +208,6 @@ class _Call:
                 self.top_k,
                 weights_TA,
                 gathered=gathered,
-                key=self.key_of(name),
             )
             return out
 
@@ -251,6 +236,5 @@ class _Call:
             weight_tiles(self.plan),
             self.top_k,
             gathered=gathered,
-            key=self.key,
         )
         return out

@@ -1,7 +1,7 @@
 """The fused path of the all-to-all form: dispatch, both GEMMs and combine over symmetric memory.
 
-    publish -> receive routing -> tables -> layer0 (fetch + GEMM + activation) -> layer1 GEMM
-            -> push sums to their owners -> sum own
+    publish -> receive routing -> tables -> layer0 (fetch + GEMM + activation)
+            -> layer1 (GEMM + sums to their owners) -> sum own
 
 No host read, no collective: ranks meet in the kernels' waits only, so a CUDA graph can hold a call.
 
@@ -12,23 +12,25 @@ H model dim, I expert intermediate dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from comet_compile.kernels import layer0, layer1
+from comet_compile.kernels import layer0
 from comet_compile.kernels.exchange_kernels import (
     publish_tokens_kernel,
-    push_sums_kernel,
     receive_routing_kernel,
     sum_own_kernel,
 )
+from comet_compile.kernels.expert_weights import view_weight
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.fused import with_dense_biases
 from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
 from comet_compile.kernels.layer0_exchange import dispatch_gemm_act_kernel
+from comet_compile.kernels.layer1 import TRITON_DTYPES
+from comet_compile.kernels.layer1_exchange import gemm_combine_kernel
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.route_tiles import (
@@ -40,6 +42,11 @@ from comet_compile.kernels.route_tiles import (
 )
 from comet_compile.kernels.workspace import Layout, Workspace
 
+# Per second and CTA, with some to spare: 16 CTAs fetch rows of 4 KiB at 161 GB/s, the GEMMs run at
+# 600 TF on 132 multiprocessors (2 x H100, NVLink, 2026-11-22).
+_CTA_BYTES, _CTA_FLOPS = 8e9, 4.5e12
+_NUM_FETCHERS, _NUM_SENDERS = 24, 24
+
 
 @dataclasses.dataclass(frozen=True)
 class ExchangePlan:
@@ -48,6 +55,9 @@ class ExchangePlan:
     gemms: Plan
     capacity: int  # C
     num_fetchers: int  # CTAs of layer0 that fetch tokens
+    num_senders: int  # CTAs of layer1 that send sums before they run out of tiles
+    # parts of the tiles: own ones that layer0 computes first, and layer1 last
+    lead: tuple[float, float]
     block_tokens: int = 64  # tokens of one arrival count
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,12 +82,24 @@ def plan_exchange(
         wide=projection.mode != "halves" or projection.view.k_contiguous,
         device=device,
     )
-    # What is fetched of a peer takes as long as what is computed of a turn: more fetchers where a
-    # token brings less work.
-    inter = params.w_out.shape[1]
-    work = top_k * inter / num_ranks
-    num_fetchers = 4 if work > 8192 else 8 if work > 2048 else 16
-    return ExchangePlan(gemms, capacity, min(num_fetchers, device.num_sms // 2))
+    row = params.w_in.shape[1] * params.w_in.element_size()
+    peers_bytes = (num_ranks - 1) * capacity * row
+    flops = 2 * capacity * top_k * params.w_in.shape[1] * params.w_out.shape[1]
+    num_fetchers = min(_NUM_FETCHERS, device.num_sms // 4)
+    num_senders = min(_NUM_SENDERS, device.num_sms // 4)
+    columns = 2 if math.activation.gated else 1
+    lead = (
+        _part(peers_bytes / num_fetchers, columns * flops / device.num_sms),
+        _part(peers_bytes / num_senders, flops / device.num_sms),
+    )
+    return ExchangePlan(gemms, capacity, num_fetchers, num_senders, lead)
+
+
+def _part(bytes_of_a_cta: float, flops_of_a_cta: float) -> float:
+    """Return which part of a GEMM's time the transfer beside it takes."""
+    if flops_of_a_cta == 0:
+        return 0.0
+    return min(1.0, bytes_of_a_cta / _CTA_BYTES / (flops_of_a_cta / _CTA_FLOPS))
 
 
 def capacity_for(tokens: Sequence[int]) -> int:
@@ -105,21 +127,15 @@ def all_to_all_forward(
     plan: ExchangePlan,
     workspace: Workspace,
     deadline: float,
-    key: Hashable | None = None,
 ) -> Tensor:
     """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
 
-    `deadline` is in seconds; `key` is what `launch` takes.
+    `deadline` is in seconds.
     """
-    workspace.enter()
-    call = _Call(routed, params, math, out_dtype, plan, workspace, deadline, key=key)
+    call = _Call(routed, params, math, out_dtype, plan, workspace, deadline)
     call.publish()
     call.receive()
-    h_RI = call.compute_hidden()
-    rows_RH = layer1.gemm_rows(
-        h_RI, params.w_out, call.params.b_out, call.routing, plan.gemms.layer1, key
-    )
-    call.push(rows_RH)
+    rows_RH = call.combine(call.compute_hidden())
     return call.sum_own(rows_RH)
 
 
@@ -137,15 +153,15 @@ class _Call:
         deadline: float,
         *,
         clock: bool = True,
-        key: Hashable | None = None,
     ) -> None:
-        self.key = key
         self.x = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
         self.ids = routed.ids.contiguous()
         self.weights = None if routed.weights is None else routed.weights.contiguous()
         self.params = with_dense_biases(params)
         self.math, self.plan, self.workspace = math, plan, workspace
         self.out_dtype, self.clock = out_dtype, clock
+        # before sm_90 a CTA stores its tiles itself
+        self.bulk = clock and read_device(self.x.device.index or 0).capability >= (9, 0)
         self.deadline = int(deadline * 1e9) if clock else 1000
         self.num_tokens, self.top_k = routed.ids.shape
         self.hidden, self.num_ranks = params.w_in.shape[1], workspace.num_ranks
@@ -168,11 +184,10 @@ class _Call:
         ws = self.workspace
         block_h = min(1024, power_of_2(self.hidden))
         block_t = max(1, 8192 // block_h)
-        grid = max(1, min(2 * self.num_sms, div_up(self.num_tokens, block_t)))
+        grid = max(1, min(8 * self.num_sms, div_up(self.num_tokens, block_t)))
         launch(
             publish_tokens_kernel,
             full_grid(grid),
-            self.key,
             self.x,
             self.ids,
             self.weights,
@@ -212,7 +227,6 @@ class _Call:
         launch(
             receive_routing_kernel,
             full_grid(blocks_per_turn, self.num_ranks),
-            self.key,
             ws.peers,
             self.layout.ids,
             self.layout.weights,
@@ -222,9 +236,8 @@ class _Call:
             self.weights_S,
             self.num_tokens_P,
             hist,
-            ws.fetched,
-            ws.sent,
-            ws.ticket,
+            ws.counters,
+            ws.counters.shape[0],
             ws.epoch,
             *self.waits,
             ws.rank,
@@ -234,13 +247,14 @@ class _Call:
             L=num_experts,
             P=self.num_ranks,
             E_P=bins,
+            COUNTERS_P=power_of_2(ws.counters.shape[0]),
             BLOCK=block,
             CLOCK=self.clock,
             num_warps=4,
         )
-        routing = empty_routing(num_all, num_experts, self.plan.gemms.block_m, self.x.device)
-        place_slots(self.ids_S, hist, num_experts, block, routing, self.key)
-        self.routing = order_by_turn(hist, num_experts, self.num_ranks, routing, self.key)
+        self.routing = empty_routing(num_all, num_experts, self.plan.gemms.block_m, self.x.device)
+        place_slots(self.ids_S, hist, num_experts, block, self.routing)
+        self.order = order_by_turn(hist, num_experts, self.num_ranks, self.routing, self.plan.lead)
 
     def compute_hidden(self) -> Tensor:
         """Return h [R, I]: fetch the peers' tokens, multiply, activate."""
@@ -254,8 +268,6 @@ class _Call:
         assert projection is not None, "checked by fused.why_not"
         inter = params.w_out.shape[1]
         routing = self.routing
-        assert routing.order_M is not None
-        assert routing.turn_M is not None
         h_RI = self.x.new_empty(routing.slot_R.shape[0], inter)
         columns = 2 * tiles.block_n if projection.mode == "interleaved" else tiles.block_n
         scaled = self.weights_S is not None and self.math.weight_place != "after"
@@ -264,7 +276,6 @@ class _Call:
         launch(
             dispatch_gemm_act_kernel,
             full_grid(tiles.num_programs),
-            self.key,
             self.tokens,
             projection.view.descriptor(columns, tiles.block_k),
             descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, tiles.block_n)),
@@ -278,9 +289,9 @@ class _Call:
             0 if params.b_in is None else params.b_in.stride(0),
             0.0 if act.alpha is None else act.alpha,
             0.0 if act.limit is None else act.limit,
-            routing.order_M,
-            routing.turn_M,
-            ws.ticket,
+            self.order.tile_2M[0],
+            self.order.turn_2M[0],
+            self.order.lead_2,
             ws.peers,
             self.layout.tokens,
             self.ids_S,
@@ -317,26 +328,58 @@ class _Call:
         )
         return h_RI
 
-    def push(self, rows_RH: Tensor) -> None:
-        """Send every peer the sums of its tokens over this rank's experts."""
-        ws = self.workspace
+    def combine(self, h_RI: Tensor) -> Tensor:
+        """Return the experts' output rows [R, H]; every peer has been sent its tokens' sums."""
+        ws, tiles, routing, params = (
+            self.workspace,
+            self.plan.gemms.layer1,
+            self.routing,
+            self.params,
+        )
+        rows_RH = self.x.new_empty(h_RI.shape[0], self.hidden)
+        view = view_weight(params.w_out)
         launch(
-            push_sums_kernel,
-            full_grid(4 * self.num_sms),
-            self.key,
+            gemm_combine_kernel,
+            full_grid(tiles.num_programs),
+            descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, tiles.block_k)),
+            view.descriptor(tiles.block_n, tiles.block_k),
+            descriptor(rows_RH, rows_RH.shape, rows_RH.stride(), (tiles.block_m, tiles.block_n)),
             rows_RH,
-            self.routing.row_S,
+            routing.expert_M,
+            routing.num_tiles,
+            params.b_out,
+            0 if params.b_out is None else params.b_out.stride(0),
+            self.order.tile_2M[1],
+            self.order.turn_2M[1],
+            self.order.lead_2[1:],
+            routing.row_S,
             self._after(),
             self.num_tokens_P,
             ws.peers,
             self.layout.sums,
             ws.ARRIVED,
+            ws.tasks,
+            ws.done,
             ws.sent,
             ws.epoch,
+            *self.waits,
             ws.rank,
+            self.plan.num_senders,
             self.capacity,
-            **self._sizes(),
+            I=h_RI.shape[1],
+            BM=tiles.block_m,
+            BN=tiles.block_n,
+            BK=tiles.block_k,
+            GROUP_M=tiles.group_m,
+            K_CONTIGUOUS=view.k_contiguous,
+            STEPS=4,
+            BULK=self.bulk,
+            CLOCK=self.clock,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            **self._sizes(32 * tiles.num_warps, 32 if tiles.num_warps == 8 else 16),
         )
+        return rows_RH
 
     def sum_own(self, rows_RH: Tensor) -> Tensor:
         """Return y [T, H]."""
@@ -345,7 +388,6 @@ class _Call:
         launch(
             sum_own_kernel,
             full_grid(4 * self.num_sms),
-            self.key,
             rows_RH,
             self.routing.row_S,
             self._after(),
@@ -361,20 +403,22 @@ class _Call:
             self.capacity,
             L=self.params.num_experts,
             CLOCK=self.clock,
-            **self._sizes(),
+            num_warps=8,
+            **self._sizes(256, 8),
         )
         return out_TH
 
     def _after(self) -> Tensor | None:
         return self.weights_S if self.math.weight_place == "after" else None
 
-    def _sizes(self) -> dict[str, Any]:
-        block = min(2048, power_of_2(self.hidden))
+    def _sizes(self, threads: int, elements: int) -> dict[str, Any]:
+        """Constants of the kernels that sum rows, `elements` of a result for each thread."""
+        block_h = min(8 * threads, power_of_2(self.hidden))
         return {
             "A": self.top_k,
             "H": self.hidden,
             "P": self.num_ranks,
-            "BH": block,
-            "PRODUCT": layer1.TRITON_DTYPES[self.math.product_dtype],
-            "num_warps": max(1, block // 256),
+            "BT": max(1, min(16, elements * threads // block_h)),
+            "BH": block_h,
+            "PRODUCT": TRITON_DTYPES[self.math.product_dtype],
         }

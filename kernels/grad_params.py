@@ -8,8 +8,6 @@ of a gradient's rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,7 +26,6 @@ def grad_weight(
     top_k: int,
     *,
     gathered: bool = False,
-    key: Hashable | None = None,
 ) -> None:
     """Fill `out_LHQ` [L, H, Q] with the sum over an expert's rows of tokens^T [H] rows [Q].
 
@@ -44,13 +41,9 @@ def grad_weight(
         return
     block_k = min(tiles.block_k, routing.block_m)
     box = (tiles.block_n, tiles.block_m) if h_contiguous else (tiles.block_m, tiles.block_n)
-    # several gradients of one call come here, and two of them may be alike in all but this
-    tokens_are = (gathered, tokens.stride(0), tokens.data_ptr() & 15)
-    alike = (rows_RQ.stride(0), num_q, h_contiguous, *tokens_are)
     launch(
         grad_weight_kernel,
         full_grid(tiles.num_programs),
-        None if key is None else (key, *alike),
         descriptor(tokens, tokens.shape, tokens.stride(), (block_k, tiles.block_m))
         if gathered
         else tokens,
@@ -82,7 +75,6 @@ def grad_bias(
     weights_TA: Tensor | None = None,
     *,
     gathered: bool = True,
-    key: Hashable | None = None,
 ) -> None:
     """Fill `out_LQ` [L, Q] with the sum over an expert's rows, each times its routing weight.
 
@@ -96,7 +88,6 @@ def grad_bias(
     launch(
         grad_bias_kernel,
         full_grid(num_experts, div_up(num_q, block_q)),
-        key,
         rows,
         out_LQ,
         weights_TA,

@@ -5,8 +5,6 @@ Legend: T tokens, A experts per token, S = T*A slots, R tile rows, M tiles, L ex
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +23,6 @@ def dot_tokens(
     *,
     by_expert: bool = False,
     add: bool = False,
-    key: Hashable | None = None,
 ) -> None:
     """Write to `out_R` [R] float32, or add, the dot product of each row's token and its other.
 
@@ -37,7 +34,6 @@ def dot_tokens(
         launch(
             dot_tokens_kernel,
             full_grid(num_rows // routing.block_m, routing.block_m // rows),
-            key,
             tokens_TH,
             others,
             out_R,
@@ -57,16 +53,13 @@ def dot_tokens(
         )
 
 
-def grad_scores(
-    d_w: Tensor, row_S: Tensor, dtype: torch.dtype, key: Hashable | None = None
-) -> Tensor:
+def grad_scores(d_w: Tensor, row_S: Tensor, dtype: torch.dtype) -> Tensor:
     """Return [S] in `dtype`, the gradients of the routing weights; 0 for a slot without a row."""
     out_S = torch.empty(row_S.shape[0], dtype=dtype, device=row_S.device)
     if out_S.numel():
         launch(
             grad_scores_kernel,
             full_grid(div_up(out_S.numel(), 256)),
-            key,
             d_w,
             row_S,
             out_S,

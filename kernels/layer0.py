@@ -16,7 +16,6 @@ I expert intermediate dim, N columns of the in-projection.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 
 import triton
 import triton.language as tl
@@ -63,7 +62,6 @@ def gather_gemm_act(
     tiles: GemmTiles,
     top_k: int,
     saved_SN: Tensor | None = None,
-    key: Hashable | None = None,
 ) -> Tensor:
     """Return h [R, I]; `saved_SN` is given the rows in front of the activation, unpadded.
 
@@ -84,7 +82,6 @@ def gather_gemm_act(
     launch(
         gather_gemm_act_kernel,
         full_grid(tiles.num_programs),
-        key,
         x_TH,
         projection.view.descriptor(columns, tiles.block_k),
         descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, block_n)),
@@ -195,6 +192,18 @@ def tile_of(tile, num_m, num_n: tl.constexpr, GROUP_M: tl.constexpr, BN: tl.cons
     rows_in_group = tl.minimum(num_m - group * GROUP_M, GROUP_M)
     inside = tile % (GROUP_M * num_n)
     return group * GROUP_M + inside % rows_in_group, (inside // rows_in_group) * BN
+
+
+@triton.jit
+def tile_in_parts(tile, first, num_m, num_n: tl.constexpr, GROUP_M: tl.constexpr, BN: tl.constexpr):
+    """`tile_of` of the first `first` row tiles, then of the others: no group has both."""
+    split = first * num_n
+    if tile < split:
+        tile_m, start_n = tile_of(tile, first, num_n, GROUP_M, BN)
+    else:
+        tile_m, start_n = tile_of(tile - split, num_m - first, num_n, GROUP_M, BN)
+        tile_m += first
+    return tile_m, start_n
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """layer0 between ranks: fetch the peers' tokens and multiply those that are here, in one launch.
 
-The first `num_fetchers` CTAs bring in tokens, turn by turn; all others compute tiles, those of own
-tokens first, then in the order in which the tokens arrive. A CTA takes its next tile from a
-counter, so the fetchers join in when they are done, and a tile that waits holds up nobody else.
+The first `num_fetchers` CTAs bring in tokens, turn by turn. Meanwhile the others compute the tiles
+that lead, of own tokens; the rest is shared out to all, expert by expert, so that an expert's
+matrices are read once (`route_tiles.order_by_turn`, whose lead is to last as long as the fetching).
 
 A tile's waiting ends: fetchers have the lowest program ids, so they run when anyone runs, and they
 wait for nobody (that the peers have published their tokens was waited for before the launch).
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from comet_compile.kernels.exchange_kernels import pull_tokens, wait_for_turns
-from comet_compile.kernels.layer0 import compute_tile, tile_of
+from comet_compile.kernels.layer0 import compute_tile, tile_in_parts
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def dispatch_gemm_act_kernel(
     stride_bias,
     alpha,
     limit,
-    order_M_ptr,
+    tile_M_ptr,  # [M] the tiles in the order in which they are computed
     turn_M_ptr,
-    ticket_ptr,  # [1] int32, starts at 0
+    lead_ptr,  # [1] int32, tiles that come in the order of their turns
     peers_ptr,
     tokens_offset,
     ids_S_ptr,
@@ -72,33 +72,41 @@ def dispatch_gemm_act_kernel(
     ROWS: tl.constexpr,
     CLOCK: tl.constexpr,
 ):
-    """Grid: one program per multiprocessor, all of them resident at once."""
-    pid = tl.program_id(0)
-    if pid < num_fetchers:
+    """Grid: one program per multiprocessor.
+
+    Example with 3 CTAs, 1 of them a fetcher, and tiles 0 1 2 that lead, 3 .. 8 that do not: the
+    fetcher fetches and computes 3 6; the others compute 0 2 4 7 and 1 5 8.
+    """
+    pid, num_programs = tl.program_id(0), tl.num_programs(0)
+    is_fetcher = pid < num_fetchers
+    if is_fetcher:
         pull_tokens(
             pid, num_fetchers, peers_ptr, tokens_offset, tokens_ptr, ids_S_ptr, num_tokens_P_ptr,
             fetched_ptr, me, C, TOP_K, L, H, P, BT, BH, ROWS,
         )  # fmt: skip
 
-    num_m = tl.load(num_tiles_ptr)
+    num_m, first = tl.load(num_tiles_ptr), tl.load(lead_ptr)
     num_n: tl.constexpr = (I + BN - 1) // BN
+    split, num_tiles = first * num_n, num_m * num_n
     arrived = 1  # turns whose tokens are here; a rank's own always are
-    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
-    while ticket < num_m * num_n:
-        # asked for before the work, so that the answer is here after it
-        following = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
-        index, start_n = tile_of(ticket, num_m, num_n, GROUP_M, BN)
-        tile_m = tl.load(order_M_ptr + index)
-        turns = tl.load(turn_M_ptr + index) + 1
-        wait_for_turns(
-            arrived, turns, num_tokens_P_ptr, fetched_ptr, epoch_ptr, abort_ptr, message_ptr,
-            deadline, me, P, BT, CLOCK,
-        )  # fmt: skip
-        arrived = tl.maximum(arrived, turns)
-        compute_tile(
-            tile_m, start_n, tokens_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr,
-            first_row_M_ptr, weights_ptr, first_bias_ptr, second_bias_ptr, None, H, stride_bias,
-            alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED, KIND, GATED,
-            UP_FIRST, CLAMP, SCALE,
-        )  # fmt: skip
-        ticket = following
+    for part in range(2):
+        # fetchers have none of the tiles that lead: their start is behind the end
+        start = tl.where(is_fetcher, split, pid - num_fetchers)
+        stop, step = split, num_programs - num_fetchers
+        if part == 1:
+            start, stop, step = split + pid, num_tiles, num_programs
+        for tile in tl.range(start, stop, step):
+            index, start_n = tile_in_parts(tile, first, num_m, num_n, GROUP_M, BN)
+            tile_m = tl.load(tile_M_ptr + index)
+            turns = tl.load(turn_M_ptr + index) + 1
+            wait_for_turns(
+                arrived, turns, num_tokens_P_ptr, fetched_ptr, epoch_ptr, abort_ptr, message_ptr,
+                deadline, me, P, BT, CLOCK,
+            )  # fmt: skip
+            arrived = tl.maximum(arrived, turns)
+            compute_tile(
+                tile_m, start_n, tokens_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr,
+                first_row_M_ptr, weights_ptr, first_bias_ptr, second_bias_ptr, None, H, stride_bias,
+                alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED, KIND, GATED,
+                UP_FIRST, CLAMP, SCALE,
+            )  # fmt: skip

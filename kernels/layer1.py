@@ -12,8 +12,6 @@ I expert intermediate dim.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from comet_compile.kernels.expert_weights import view_weight
 from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
+from comet_compile.kernels.layer0 import tile_of
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
 
@@ -37,7 +36,6 @@ def gemm_rows(
     bias_LH: Tensor | None,
     routing: TileRouting,
     tiles: GemmTiles,
-    key: Hashable | None = None,
 ) -> Tensor:
     """Return [R, H], row r times the matrix of its tile's expert."""
     num_rows, inter = h_RI.shape
@@ -49,7 +47,6 @@ def gemm_rows(
     launch(
         gemm_rows_kernel,
         full_grid(tiles.num_programs),
-        key,
         descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, tiles.block_k)),
         view.descriptor(tiles.block_n, tiles.block_k),
         descriptor(out_RH, out_RH.shape, out_RH.stride(), (tiles.block_m, tiles.block_n)),
@@ -77,7 +74,6 @@ def sum_slots(
     shape_TA: tuple[int, int],
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
-    key: Hashable | None = None,
 ) -> Tensor:
     """Return [T, H] in `out_dtype`, products made in `product_dtype`; a row of -1 adds nothing."""
     num_tokens, top_k = shape_TA
@@ -89,7 +85,6 @@ def sum_slots(
     launch(
         sum_slots_kernel,
         full_grid(num_tokens, div_up(hidden, block)),
-        key,
         rows_RH,
         row_S,
         weights_TA,
@@ -124,26 +119,45 @@ def gemm_rows_kernel(
     num_m = tl.load(num_tiles_ptr)
     num_n: tl.constexpr = (N + BN - 1) // BN
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        group = tile // (GROUP_M * num_n)
-        rows_in_group = tl.minimum(num_m - group * GROUP_M, GROUP_M)
-        inside = tile % (GROUP_M * num_n)
-        tile_m = group * GROUP_M + inside % rows_in_group
-        start_n = (inside // rows_in_group) * BN
-        expert = tl.load(expert_M_ptr + tile_m)
-
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            h = h_desc.load([tile_m * BM, k])
-            if K_CONTIGUOUS:
-                w = w_desc.load([0, expert, start_n, k]).reshape(BN, BK).T
-            else:
-                w = w_desc.load([0, expert, k, start_n]).reshape(BK, BN)
-            acc = tl.dot(h, w, acc)
-        if bias_ptr is not None:
-            offs_n = start_n + tl.arange(0, BN)
-            bias = bias_ptr + expert.to(tl.int64) * stride_bias + offs_n
-            acc += tl.load(bias, mask=offs_n < N, other=0.0)[None, :].to(tl.float32)
+        tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
+        acc = multiply_tile(
+            tile_m, start_n, h_desc, w_desc, expert_M_ptr, bias_ptr, stride_bias, K, N, BM, BN, BK,
+            K_CONTIGUOUS,
+        )  # fmt: skip
         out_desc.store([tile_m * BM, start_n], acc.to(out_desc.dtype))
+
+
+@triton.jit
+def multiply_tile(
+    tile_m,
+    start_n,
+    h_desc,
+    w_desc,
+    expert_M_ptr,
+    bias_ptr,
+    stride_bias,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+):
+    """Return [BM, BN] float32 of one tile; the arguments are the kernel's."""
+    expert = tl.load(expert_M_ptr + tile_m)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        h = h_desc.load([tile_m * BM, k])
+        if K_CONTIGUOUS:
+            w = w_desc.load([0, expert, start_n, k]).reshape(BN, BK).T
+        else:
+            w = w_desc.load([0, expert, k, start_n]).reshape(BK, BN)
+        acc = tl.dot(h, w, acc)
+    if bias_ptr is not None:
+        offs_n = start_n + tl.arange(0, BN)
+        bias = bias_ptr + expert.to(tl.int64) * stride_bias + offs_n
+        acc += tl.load(bias, mask=offs_n < N, other=0.0)[None, :].to(tl.float32)
+    return acc
 
 
 @triton.jit

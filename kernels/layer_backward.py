@@ -33,8 +33,6 @@ I expert intermediate dim, N columns of the in-projection.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +52,6 @@ def gather_rows(
     routing: TileRouting,
     top_k: int,
     weights_TA: Tensor | None = None,
-    key: Hashable | None = None,
 ) -> Tensor:
     """Return [R, H], the token of each tile row, times its weight; rows of padding are zero."""
     num_rows, hidden = routing.slot_R.shape[0], tokens_TH.shape[1]
@@ -64,7 +61,6 @@ def gather_rows(
         launch(
             gather_rows_kernel,
             full_grid(num_rows // routing.block_m, div_up(hidden, block_h)),
-            key,
             tokens_TH,
             rows_RH,
             weights_TA,
@@ -92,7 +88,6 @@ def grad_hidden(
     top_k: int,
     *,
     gathered: bool = False,
-    key: Hashable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (d_pre [R, N], wh [R, I], d_w partial sums [I / block_n, R] float32).
 
@@ -116,7 +111,6 @@ def grad_hidden(
     launch(
         grad_hidden_kernel,
         full_grid(tiles.num_programs),
-        key,
         descriptor(grad_rows, grad_rows.shape, grad_rows.stride(), (tiles.block_m, tiles.block_k))
         if gathered
         else grad_rows,

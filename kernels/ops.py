@@ -39,8 +39,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from comet_compile.kernels import paths, portable
 from comet_compile.kernels.agreement import AGREEMENTS
-from comet_compile.kernels.experts import LayerMath, Needs, weight_gradients
-from comet_compile.kernels.validate import Layer, check_again, check_layer
+from comet_compile.kernels.experts import Needs, weight_gradients
+from comet_compile.kernels.validate import Checked, Layer, check_again, check_layer
 
 # Without the tag Inductor would capture the op, since the graph itself holds no host read any more.
 _TAGS = {"": (), "_syncing": (torch.Tag.cudagraph_unsafe,)}
@@ -85,19 +85,21 @@ def _moe_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y [T, H], saved [S, N (+ I)] or [0], token)."""
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
-    math = check_again(layer, activation, weight_place, product_dtype, form, group_name, save)
-    routed, params = layer.routed, layer.params
+    checked = check_again(layer, activation, weight_place, product_dtype, form, group_name, save)
+    routed, params, math, number = layer.routed, layer.params, checked.math, checked.number
     group = None
     if form != "local":
-        facts = {"out_dtype": str(out_dtype), "save": save}
-        offer = paths.why_portable_here(routed, params, math, out_dtype)
+        facts = {"out_dtype": out_dtype, "save": save}
+        offer = paths.why_portable_here(routed, params, math, number)
         group, offers = _agreed_group(
-            "comet::moe_layer", form, group_name, layer, math, facts, offer
+            "comet::moe_layer", form, group_name, layer, checked, facts, offer
         )
         if form == "all_to_all" and group.size() > 1:
-            y = paths.all_to_all_forward(routed, params, math, out_dtype, group, offers)
+            y = paths.all_to_all_forward(routed, params, math, out_dtype, group, offers, number)
             return y, x.new_empty(0), _token_out(x, form)
-    y, saved = paths.local_forward(routed, params, math, out_dtype, save=save == "pre_activation")
+    y, saved = paths.local_forward(
+        routed, params, math, out_dtype, save=save == "pre_activation", number=number
+    )
     if group is not None and group.size() > 1:
         dist.all_reduce(y, group=group)
     return y, saved, _token_out(x, form)
@@ -159,20 +161,22 @@ def _moe_layer_backward(
     `needs` has 8 flags in that order; what is not needed, or whose input is None, is empty [0].
     """
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
-    math = check_again(layer, activation, weight_place, product_dtype, form, group_name)
-    routed, params = layer.routed, layer.params
+    checked = check_again(layer, activation, weight_place, product_dtype, form, group_name)
+    routed, params, math = layer.routed, layer.params, checked.math
     wanted = _read_needs(needs)
     group = None
     if form != "local":
-        facts = {"grad_dtype": str(grad_y.dtype), "needs": [bool(need) for need in needs]}
-        group, _ = _agreed_group("comet::moe_layer_backward", form, group_name, layer, math, facts)
+        facts = {"grad_dtype": grad_y.dtype, "needs": wanted}
+        group, _ = _agreed_group(
+            "comet::moe_layer_backward", form, group_name, layer, checked, facts
+        )
     if form == "all_to_all" and group is not None and group.size() > 1:
         d_x, d_weights, parts = portable.all_to_all_backward(
             grad_y, routed, params, math, wanted, group
         )
         grads = (d_x, d_weights, *weight_gradients(parts, params, wanted))
     else:
-        grads = paths.local_backward(grad_y, routed, saved, params, math, wanted)
+        grads = paths.local_backward(grad_y, routed, saved, params, math, wanted, checked.number)
     return *(x.new_empty(0) if grad is None else grad for grad in grads), _token_out(x, form)
 
 
@@ -298,17 +302,17 @@ def _agreed_group(
     form: str,
     group_name: str,
     layer: Layer,
-    math: LayerMath,
+    checked: Checked,
     facts: dict[str, Any],
     offer: str | None = None,
 ) -> tuple[dist.ProcessGroup, list[Any]]:
     """Return the process group, once its ranks are known to run the same plan, and their offers."""
     name: Any = group_name  # newer torch has a NewType for it
     group = _resolve_process_group(name)
-    shapes = tuple(_shared_facts(name, getattr(layer, name)) for name in layer.names())
-    call = (op, form, math, shapes, *map(str, facts.values()))
+    call = (op, checked.number, *facts.values())
     offers = AGREEMENTS.recall(call, group)
     if offers is None:
+        math = checked.math
         plan = {
             "op": op,
             "form": form,
@@ -316,18 +320,11 @@ def _agreed_group(
             "weight_place": math.weight_place,
             "product_dtype": str(math.product_dtype),
             **{name: _describe(name, getattr(layer, name)) for name in layer.names()},
-            **facts,
+            **{name: str(fact) for name, fact in facts.items()},
         }
         offers = AGREEMENTS.gather(plan, offer, group)
         AGREEMENTS.remember(call, group, offers)
     return group, offers
-
-
-def _shared_facts(name: str, tensor: Tensor | None) -> Any:
-    """What every rank shares of a tensor, so not its number of tokens."""
-    if tensor is None:
-        return None
-    return tensor.dtype, tensor.shape[1:] if name in ("x", "ids", "weights") else tensor.shape
 
 
 def _describe(name: str, tensor: Tensor | None) -> str | None:

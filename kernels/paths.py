@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -24,6 +23,7 @@ from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs, weight_gradients
 from comet_compile.kernels.grouped import is_grouped_dtype
 from comet_compile.kernels.portable import Routed
+from comet_compile.kernels.validate import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +95,24 @@ def local_forward(
     out_dtype: torch.dtype,
     *,
     save: bool,
+    number: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y [T, H] in `out_dtype`, pre-activation rows [S, ...], [0] if not saved)."""
-    if _runs_kernels(routed.x.device):
-        known = _look_up(routed, params, math, out_dtype, save)
-        if known is not None:
-            key, plan = known
-            # Triton launches on the current device, wherever the tensors are.
-            with _on_device(routed.x.device):
-                return _fused().local_forward(
-                    routed, params, math, out_dtype, save=save, plan=plan, key=key
-                )
+    """Return (y [T, H] in `out_dtype`, pre-activation rows [S, ...], [0] if not saved).
+
+    `number` is that of `validate.check_again`.
+    """
+    plan = _plan_here(routed, params, math, number)
+    if plan is not None:
+        # Triton launches on the current device, wherever the tensors are.
+        with _on_device(routed.x.device):
+            y, saved = _replay(
+                ("local_forward", number, out_dtype, save),
+                (*_tensors(routed), *_tensors(params)),
+                lambda: _fused().local_forward(
+                    routed, params, math, out_dtype, save=save, plan=plan
+                ),
+            )
+            return y, saved
     y, pre = portable.local_forward(routed, params, math, out_dtype)
     if not save:
         return y, y.new_empty(0, dtype=routed.x.dtype)
@@ -119,33 +126,33 @@ def local_backward(
     params: ExpertParams,
     math: LayerMath,
     needs: Needs,
+    number: int,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
-    What `needs` does not ask for is None.
+    What `needs` does not ask for is None. `number` is that of `validate.check_again`.
     """
     has_rows = saved.dim() == 2
-    if _runs_kernels(grad_y.device):
-        known = _look_up(routed, params, math, grad_y.dtype, has_rows)
-        if known is not None and _fused_backward().why_not(params, math, has_rows) is None:
-            number, plan = known
-            key = (number, _describe(grad_y))
-            with _on_device(grad_y.device):
-                return _fused_backward().local_backward(
-                    grad_y, routed, saved, params, math, needs, plan, key
-                )
+    plan = _plan_here(routed, params, math, number)
+    if plan is not None and _fused_backward().why_not(params, math, has_rows) is None:
+        with _on_device(grad_y.device):
+            return _replay(
+                ("local_backward", number, describe(grad_y), describe(saved), needs),
+                (grad_y, saved, *_tensors(routed), *_tensors(params)),
+                lambda: _fused_backward().local_backward(
+                    grad_y, routed, saved, params, math, needs, plan
+                ),
+            )
     pre = saved if has_rows else None
     d_x, d_weights, part = portable.local_backward(grad_y, routed, pre, params, math, needs)
     return d_x, d_weights, *weight_gradients([part], params, needs)
 
 
 def why_portable_here(
-    routed: Routed, params: ExpertParams, math: LayerMath, out_dtype: torch.dtype
+    routed: Routed, params: ExpertParams, math: LayerMath, number: int
 ) -> str | None:
-    """`why_portable` for a real call, looked up."""
-    if not _runs_kernels(routed.x.device):
-        return why_portable(routed, params, math)
-    if _look_up(routed, params, math, out_dtype, False) is not None:
+    """`why_portable` for a real call, looked up where it runs fused."""
+    if _plan_here(routed, params, math, number) is not None:
         return None
     return why_portable(routed, params, math)
 
@@ -157,6 +164,7 @@ def all_to_all_forward(
     out_dtype: torch.dtype,
     group: dist.ProcessGroup,
     offers: Sequence[str | None],
+    number: int,
 ) -> Tensor:
     """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
 
@@ -165,91 +173,101 @@ def all_to_all_forward(
     """
     call = None
     if all(offer is None for offer in offers):
-        call = _plan_exchange(routed, params, math, out_dtype, group)
+        call = _plan_exchange(routed, params, math, group, number)
     if call is None:
         return portable.all_to_all_forward(routed, params, math, out_dtype, group)
-    key, plan, workspace = call
+    plan, workspace, deadline = call
     with _on_device(routed.x.device):
-        return _fused_exchange().all_to_all_forward(
-            routed, params, math, out_dtype, plan, workspace, AGREEMENTS.seconds(group), key
+        workspace.enter()
+        (y,) = _replay(
+            ("all_to_all_forward", number, out_dtype, plan.capacity, id(workspace), deadline),
+            (*_tensors(routed), *_tensors(params)),
+            lambda: (
+                _fused_exchange().all_to_all_forward(
+                    routed, params, math, out_dtype, plan, workspace, deadline
+                ),
+            ),
+            workspace.constants,
         )
+        return y
 
 
+# Decisions taken, by all that they depend on: taking one again would cost more than a small GEMM.
+_MAX_KNOWN = 4096
+_plans: dict[Any, Any] = {}
 _exchange_plans: dict[Any, Any] = {}
 _MAX_ROW_BYTES = 16 * 2**30
 
 
 def _plan_exchange(
+    routed: Routed, params: ExpertParams, math: LayerMath, group: dist.ProcessGroup, number: int
+) -> tuple[Any, Any, float] | None:
+    """Return (plan, workspace, deadline in seconds), None for the portable path."""
+    from comet_compile.kernels.links import link_of
+    from comet_compile.kernels.workspace import raise_if_lost, workspace_for
+
+    link = link_of(group, routed.x.device)
+    if link.board is None:
+        return None
+    seconds = AGREEMENTS.seconds(group)
+    raise_if_lost(group)
+    tokens = link.board.exchange(routed.x.shape[0], seconds)
+    key = (number, group.size(), *tokens)
+    known = _exchange_plans.get(key)
+    if known is None:
+        known = _keep(_exchange_plans, key, _new_exchange_plan(routed, params, math, group, tokens))
+    plan, num_bytes = known
+    if plan is None:
+        return None
+    return plan, workspace_for(num_bytes, group, routed.x.device), seconds
+
+
+def _new_exchange_plan(
     routed: Routed,
     params: ExpertParams,
     math: LayerMath,
-    out_dtype: torch.dtype,
     group: dist.ProcessGroup,
-) -> tuple[Any, Any, Any] | None:
-    """Return (key of the launches, plan, workspace), None for the portable path."""
-    from comet_compile.kernels.links import link_of
-    from comet_compile.kernels.workspace import workspace_for
+    tokens: Sequence[int],
+) -> tuple[Any, int]:
+    """Return (plan, bytes of the workspace), plan None if the buffers would be too large."""
+    from comet_compile.kernels.workspace import Layout
 
-    x = routed.x
-    link = link_of(group, x.device)
-    known = _look_up(routed, params, math, out_dtype, False)
-    if link.board is None or known is None:
+    x, fused, num_ranks = routed.x, _fused_exchange(), group.size()
+    capacity, top_k = fused.capacity_for(tokens), routed.ids.shape[1]
+    plan = fused.plan_exchange(params, math, top_k, capacity, num_ranks, x.device.index or 0)
+    if fused.row_bytes(plan, params, top_k, num_ranks) > _MAX_ROW_BYTES:
+        return None, 0
+    layout = Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size())
+    return plan, layout.num_bytes
+
+
+def _plan_here(routed: Routed, params: ExpertParams, math: LayerMath, number: int) -> Any | None:
+    """Return the plan of a real call, None if it runs the portable path."""
+    if not _runs_kernels(routed.x.device):
         return None
-    fused = _fused_exchange()
-    tokens = link.board.exchange(x.shape[0], AGREEMENTS.seconds(group))
-    capacity, top_k, num_ranks = fused.capacity_for(tokens), routed.ids.shape[1], group.size()
-    # the same for all layers of equal shapes, whoever holds them
-    key = (known[0], capacity, num_ranks)
-    if key not in _exchange_plans:
-        if len(_exchange_plans) >= _MAX_KNOWN:
-            _exchange_plans.clear()
-        plan = fused.plan_exchange(params, math, top_k, capacity, num_ranks, x.device.index or 0)
-        layout = fused.Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size())
-        too_large = fused.row_bytes(plan, params, top_k, num_ranks) > _MAX_ROW_BYTES
-        _exchange_plans[key] = None if too_large else (plan, layout.num_bytes)
-    if _exchange_plans[key] is None:
-        return None
-    plan, num_bytes = _exchange_plans[key]
-    workspace = workspace_for(num_bytes, group, x.device)
-    return (*key, id(workspace)), plan, workspace
-
-
-# Decisions taken, by all that they depend on: taking one again would cost more than a small GEMM.
-_known: dict[Any, tuple[int, Any] | None] = {}
-_MAX_KNOWN = 4096
-_numbers = itertools.count()
-
-
-def _look_up(
-    routed: Routed, params: ExpertParams, math: LayerMath, out_dtype: torch.dtype, save: bool
-) -> tuple[int, Any] | None:
-    """Return (a number for calls that differ in addresses only, their plan), None if portable."""
-    first, second = params.w_in, params.w_up
-    tensors = (routed.x, routed.ids, routed.weights, first, second, params.w_out)
-    call = (
-        *map(_describe, tensors),
-        *map(_describe, (params.b_in, params.b_up, params.b_out)),
-        # which of a pair comes first in memory is a constant to the kernel
-        second is not None and second.data_ptr() > first.data_ptr(),
-        math,
-        out_dtype,
-        save,
-        os.environ.get("COMET_PORTABLE"),
-    )
-    if call not in _known:
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
+    key = (number, os.environ.get("COMET_PORTABLE"))
+    if key not in _plans:
         reason = why_portable(routed, params, math)
         plan = None if reason is not None else _fused().plan_layer(routed, params, math)
-        _known[call] = None if plan is None else (next(_numbers), plan)
-    return _known[call]
+        return _keep(_plans, key, plan)
+    return _plans[key]
 
 
-def _describe(tensor: Tensor | None) -> Any:
-    """Return all of a tensor that a call depends on but its address and its values."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.device.index
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> Any:
+    if len(kept) >= _MAX_KNOWN:
+        kept.clear()
+    kept[key] = value
+    return value
+
+
+def _tensors(record: Routed | ExpertParams) -> tuple[Tensor | None, ...]:
+    return tuple(record.__dict__.values())
+
+
+def _replay(*args: Any) -> Any:
+    from comet_compile.kernels.recording import replay
+
+    return replay(*args)
 
 
 def _runs_kernels(device: torch.device) -> bool:

@@ -18,7 +18,6 @@ blocks of slots, P turns, E_P experts and one bin for strays, rounded up to a po
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 
 import torch
 import triton
@@ -41,8 +40,16 @@ class TileRouting:
     num_tiles: Tensor  # [1] int32
     end_tile_L: Tensor  # [L] int32, where the tiles of each expert end
     block_m: int
-    order_M: Tensor | None = None  # [M] int32, the tiles in the order of their turns
-    turn_M: Tensor | None = None  # [M] int32, the turn of the i-th tile in that order
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TileOrder:
+    """The tiles in the order in which they are computed, [0] by layer0 and [1], from its end
+    backwards, by layer1."""
+
+    tile_2M: Tensor  # [2, M] int32
+    turn_2M: Tensor  # [2, M] int32, the turn of the i-th tile in that order
+    lead_2: Tensor  # [2] int32, how many tiles come in the order of their turns
 
 
 def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
@@ -52,9 +59,7 @@ def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     return (num_slots - experts) // block_m + experts
 
 
-def route_tiles(
-    ids_TA: Tensor, num_experts: int, block_m: int, key: Hashable | None = None
-) -> TileRouting:
+def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
     """Return the tables for int32 or int64 `ids_TA` [T, A]; ids outside [0, L) get no row."""
     num_slots = ids_TA.numel()
     flat_S = ids_TA.reshape(-1)
@@ -70,7 +75,6 @@ def route_tiles(
         launch(
             count_slots_kernel,
             full_grid(num_blocks),
-            key,
             flat_S,
             hist,
             num_slots,
@@ -79,7 +83,7 @@ def route_tiles(
             BLOCK=block,
             num_warps=4,
         )
-    place_slots(flat_S, hist, num_experts, block, routing, key)
+    place_slots(flat_S, hist, num_experts, block, routing)
     return routing
 
 
@@ -114,7 +118,6 @@ def place_slots(
     num_experts: int,
     block: int,
     routing: TileRouting,
-    key: Hashable | None = None,
 ) -> None:
     """Fill `routing` for `ids_S` [S] and the counts `hist` [NB, E_P] of its blocks."""
     num_slots, bins = ids_S.shape[0], count_bins(num_experts)
@@ -122,7 +125,6 @@ def place_slots(
     launch(
         place_slots_kernel,
         full_grid(num_blocks),
-        key,
         ids_S,
         hist,
         hist.new_empty(num_blocks * 4 * bins),
@@ -150,32 +152,42 @@ def order_by_turn(
     num_experts: int,
     num_turns: int,
     routing: TileRouting,
-    key: Hashable | None = None,
-) -> TileRouting:
-    """Return `routing` with its tiles also in the order in which their rows arrive.
+    lead: tuple[float, float],
+) -> TileOrder:
+    """Return the order of the tiles for layer0 and for layer1, each for its part of `lead`.
 
     The blocks of `hist` [NB, E_P] belong to turns, NB / `num_turns` to each. A tile's turn is that
-    of its last row; tiles of one turn stay in the order of their experts.
+    of its last row. First comes the part `lead` of all tiles, turn by turn and expert by expert
+    (for layer1 of turn 0 only, so maybe fewer): work for the time in which the rows of later turns
+    are on their way. Then come the others expert by expert, so that an expert's matrices are read
+    once.
+
+    Example with two turns, the experts' tiles being a0 a1 of turn 0, a2 of turn 1, b0 of turn 0,
+    b1 b2 of turn 1: lead 0.2 gives a0 a1 | a2 b0 b1 b2; lead 0.5 gives a0 a1 b0 | a2 b1 b2.
     """
-    bins = count_bins(num_experts)
-    order_M, turn_M = torch.empty_like(routing.expert_M), torch.empty_like(routing.expert_M)
+    bins, num_rows = count_bins(num_experts), routing.expert_M.shape[0]
+    sizes = (2 * num_rows, 2 * num_rows, 2, num_turns * 10 * bins)
+    tile_2M, turn_2M, lead_2, scratch = hist.new_empty(sum(sizes)).split(sizes)
     launch(
         order_tiles_kernel,
-        full_grid(num_turns),
-        key,
+        full_grid(num_turns, 2),
         hist,
-        hist.new_empty(num_turns * 2 * bins),
-        order_M,
-        turn_M,
+        scratch,
+        tile_2M,
+        turn_2M,
+        lead_2,
         hist.shape[0] // bins // num_turns,
+        num_rows,
+        int(lead[0] * 1024),
+        int(lead[1] * 1024),
         L=num_experts,
         E_P=bins,
         BM=routing.block_m,
         P=num_turns,
-        TILES=16,
+        TILES=max(16, min(128, 8192 // bins)),
         num_warps=8,
     )
-    return dataclasses.replace(routing, order_M=order_M, turn_M=turn_M)
+    return TileOrder(tile_2M.view(2, -1), turn_2M.view(2, -1), lead_2)
 
 
 @triton.jit
@@ -229,8 +241,8 @@ def place_slots_kernel(
     """Give every slot its row, and every tile its expert. Grid: one program per block of slots.
 
     Each program adds up the counts of all blocks for the experts' first rows, and those of the
-    blocks in front of it for its own places; inside the block, a slot's place is the number of
-    earlier slots with the same expert. ONE_BLOCK: there is only this block, `hist` is not read.
+    blocks in front of it for its own places; inside the block, slots are sorted by expert.
+    ONE_BLOCK: there is only this block, `hist` is not read.
     Padding is written PIECE rows at a time, the tiles' table TILES at a time.
     """
     block = tl.program_id(0)
@@ -254,25 +266,26 @@ def place_slots_kernel(
 
     # Look-up tables by expert, through memory: registers cannot be indexed. Every program writes
     # and reads its own, so a barrier of the program is enough.
+    if ONE_BLOCK:
+        own = tl.histogram(tl.minimum(bins, L), E_P)
+    else:
+        own = tl.load(hist_ptr + block * E_P + experts)
     tables = tables_ptr + block * 4 * E_P
-    tl.store(tables + experts, first_tile * BM + before)
+    tl.store(tables + experts, first_tile * BM + before - (tl.cumsum(own, 0) - own))
     tl.store(tables + E_P + experts, first_tile)
     tl.store(tables + 2 * E_P + experts, first_row)
     tl.store(tables + 3 * E_P + experts, count)
     tl.debug_barrier()
 
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, BLOCK, 16):
-        earlier = first + tl.arange(0, 16)
-        others = _expert_bins(ids_ptr, block * BLOCK + earlier, num_slots, L, E_P)
-        same = (others[None, :] == bins[:, None]) & (
-            earlier[None, :] < tl.arange(0, BLOCK)[:, None]
-        )
-        rank += tl.sum(same.to(tl.int32), 1)
+    # sorted by bin, and inside a bin by place
+    order = tl.sort(bins * BLOCK + tl.arange(0, BLOCK))
+    bins = order // BLOCK
+    slot = block * BLOCK + order % BLOCK
     routed = bins < L
-    row = tl.where(routed, tl.load(tables + bins, mask=routed, other=0) + rank, -1)
-    tl.store(row_S_ptr + offs, row, mask=offs < num_slots)
-    tl.store(slot_R_ptr + row, offs, mask=routed)
+    row = tl.load(tables + bins, mask=routed, other=0) + tl.arange(0, BLOCK)
+    row = tl.where(routed, row, -1)
+    tl.store(row_S_ptr + slot, row, mask=slot < num_slots)
+    tl.store(slot_R_ptr + row, slot, mask=routed)
 
     # The rest is shared out: the rows of padding, and the tiles.
     if block == 0:
@@ -317,49 +330,81 @@ def _count_blocks(hist_ptr, first, last, E_P: tl.constexpr):
 @triton.jit
 def order_tiles_kernel(
     hist_ptr,  # [NB, E_P]
-    tables_ptr,  # [P, 2, E_P] scratch
-    order_M_ptr,
-    turn_M_ptr,
+    tables_ptr,  # [2, P, 5, E_P] scratch
+    tile_ptr,  # [2, M]
+    turn_ptr,  # [2, M]
+    lead_ptr,  # [2]
     blocks_per_turn,
+    M,
+    first_lead,  # of 1024
+    second_lead,
     L: tl.constexpr,
     E_P: tl.constexpr,
     BM: tl.constexpr,
     P: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """List the tiles of one turn behind those of the turns before. Grid: one program per turn.
+    """Put the tiles of one turn where they belong. Grid: (turns, 2 orders).
 
     An expert's rows lie in the order of their turns, so the tiles that end in turns before this
-    one are the whole tiles that those rows fill, or all its tiles if it has no more rows.
+    one are the whole tiles that those rows fill, or all its tiles if it has no more rows. Of an
+    expert's tiles, the first ones lead.
     """
-    turn = tl.program_id(0)
+    turn, which = tl.program_id(0), tl.program_id(1)
     experts = tl.arange(0, E_P)
-    before = _count_blocks(hist_ptr, 0, turn * blocks_per_turn, E_P)
-    through = before + _count_blocks(
-        hist_ptr, turn * blocks_per_turn, (turn + 1) * blocks_per_turn, E_P
-    )
-    count = through + _count_blocks(
-        hist_ptr, (turn + 1) * blocks_per_turn, P * blocks_per_turn, E_P
-    )
     is_expert = experts < L
-    tiles = tl.where(is_expert, (count + BM - 1) // BM, 0)
-    ended_before = tl.where(is_expert, tl.where(before == count, tiles, before // BM), 0)
-    ended = tl.where(is_expert, tl.where(through == count, tiles, through // BM), 0)
-    here = ended - ended_before
+    count = tl.where(is_expert, _count_blocks(hist_ptr, 0, P * blocks_per_turn, E_P), 0)
+    tiles = (count + BM - 1) // BM
+    num_tiles = tl.sum(tiles, 0)
+    lead = (num_tiles * tl.where(which == 0, first_lead, second_lead) + 1023) // 1024
+
+    through = tl.zeros((E_P,), tl.int32)  # rows of the turns so far
+    ended = tl.zeros((E_P,), tl.int32)  # tiles that end in them
+    num_lead = tl.zeros((E_P,), tl.int32)  # those of them that lead
+    ended_before = tl.zeros((E_P,), tl.int32)  # the three for this program's turn
+    here = tl.zeros((E_P,), tl.int32)
+    place = tl.zeros((E_P,), tl.int32)
+    leads = tl.zeros((E_P,), tl.int32)
+    for other in range(P):
+        through += _count_blocks(
+            hist_ptr, other * blocks_per_turn, (other + 1) * blocks_per_turn, E_P
+        )
+        now = tl.where(is_expert, tl.where(through >= count, tiles, through // BM), 0)
+        fresh = now - ended
+        start = tl.sum(ended, 0) + tl.cumsum(fresh, 0) - fresh  # in the order of turns
+        fresh_lead = tl.minimum(tl.maximum(lead - start, 0), fresh)
+        # what layer1 leaves for the end must keep no peer's sums waiting
+        fresh_lead = tl.where((which == 0) | (other == 0), fresh_lead, 0)
+        num_lead += fresh_lead
+        mine = (other == turn).to(tl.int32)
+        ended_before += mine * ended
+        here += mine * fresh
+        place += mine * start
+        leads += mine * fresh_lead
+        ended = now
+    others = tiles - num_lead
+    rest = tl.sum(num_lead, 0) + tl.cumsum(others, 0) - others + ended_before - num_lead
     end = tl.cumsum(here, 0)
     first_tile = tl.cumsum(tiles, 0) - tiles + ended_before
 
-    tables = tables_ptr + turn * 2 * E_P
+    tables = tables_ptr + (which * P + turn) * 5 * E_P
     tl.store(tables + experts, end - here)
     tl.store(tables + E_P + experts, first_tile)
+    tl.store(tables + 2 * E_P + experts, place)
+    tl.store(tables + 3 * E_P + experts, rest)
+    tl.store(tables + 4 * E_P + experts, leads)
     tl.debug_barrier()
-    start = tl.sum(ended_before, 0)
     num_here = tl.sum(here, 0)
+    if turn == 0:
+        tl.store(lead_ptr + which, tl.sum(num_lead, 0))
     for first in range(0, num_here, TILES):
         index = first + tl.arange(0, TILES)
         expert = tl.sum((end[None, :] <= index[:, None]).to(tl.int32), 1)
         is_tile = index < num_here
         inside = index - tl.load(tables + expert, mask=is_tile, other=0)
         tile = tl.load(tables + E_P + expert, mask=is_tile, other=0) + inside
-        tl.store(order_M_ptr + start + index, tile, mask=is_tile)
-        tl.store(turn_M_ptr + start + index, turn, mask=is_tile)
+        leading = inside < tl.load(tables + 4 * E_P + expert, mask=is_tile, other=0)
+        to = tl.load(tables + tl.where(leading, 2, 3) * E_P + expert, mask=is_tile, other=0)
+        to += which * M + inside
+        tl.store(tile_ptr + to, tile, mask=is_tile)
+        tl.store(turn_ptr + to, turn, mask=is_tile)

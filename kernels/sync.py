@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-ROUTING_OF_PEER, TOKENS_OF_PEER, PARTS_OF_PEER = 1, 2, 3
+ROUTING_OF_PEER, TOKENS_OF_PEER, PARTS_OF_PEER, OWN_ROWS = 1, 2, 3, 4
 PHASES = {
     ROUTING_OF_PEER: "dispatch: the tokens and routing of the peer",
     TOKENS_OF_PEER: "layer0: the peer's tokens, fetched by this rank",
+    OWN_ROWS: "layer1: this rank's own rows",
     PARTS_OF_PEER: "combine: the peer's sums for this rank's tokens",
 }
 
@@ -83,3 +84,16 @@ def wait(
                 tl.store(message_ptr + 3, seen)
                 tl.debug_barrier()
                 tl.atomic_xchg(message_ptr, phase, sem="release", scope="sys")
+
+
+@triton.jit
+def finish_bulk_stores(BULK: tl.constexpr):
+    """Wait until the tiles that the copy engine stores for this CTA are in memory.
+
+    A descriptor's store returns when its source has been read. BULK: whether it is the copy engine
+    that stores (from sm_90 on); a CTA's own stores need nothing but the barrier of a signal.
+    """
+    if BULK:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )

@@ -71,12 +71,27 @@ class Workspace:
         torch.cuda.synchronize(device)
         self.handle = symm_mem.rendezvous(self.buffer, group.group_name)
         self.peers = self.handle.buffer_ptrs_dev
-        counters = torch.zeros(6 + 2 * self.num_ranks, dtype=torch.int32, device=device)
-        self.epoch, self.abort, self.published, self.summed, self.ticket = counters[:5].split(1)
-        self.fetched, self.sent = counters[6:].split(self.num_ranks)
+        self.make_counters(device)
         self._stream = torch.cuda.current_stream(device)
         # The kernels write it, the host reads it without asking the device.
         self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32, pin_memory=True)
+
+    def make_counters(self, device: torch.device | str) -> None:
+        """Make what this rank alone counts with, all zero.
+
+        `counters` is zeroed again in every call, by its first kernel that waits.
+        """
+        num_ranks = self.num_ranks
+        every = torch.zeros(4 + 1 + 3 * num_ranks, dtype=torch.int32, device=device)
+        self.epoch, self.abort, self.published, self.summed = every[:4].split(1)
+        self.counters = every[4:]
+        self.done = self.counters[:1]
+        self.fetched, self.tasks, self.sent = self.counters[1:].split(num_ranks)
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """All memory that the kernels of a call find at the same address every time."""
+        return self.buffer, self.epoch, self.message
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a buffer of this rank."""
@@ -91,7 +106,6 @@ class Workspace:
 
     def enter(self) -> None:
         """Put the call to come behind the last one, also if that ran on another stream."""
-        self.check()
         stream = torch.cuda.current_stream(self.buffer.device)
         if stream != self._stream and not torch.cuda.is_current_stream_capturing():
             stream.wait_stream(self._stream)
@@ -99,7 +113,7 @@ class Workspace:
 
     def check(self) -> None:
         """Raise if a kernel of an earlier call has given up waiting."""
-        phase = int(self.message[0])
+        phase = int(self.message.numpy()[0])  # indexing a tensor takes five times as long
         if phase == 0:
             return
         _, peer, epoch, seen = self.message.tolist()
@@ -127,6 +141,12 @@ def workspace_for(num_bytes: int, group: dist.ProcessGroup, device: torch.device
     if not kept or kept[-1].num_bytes < num_bytes:
         kept.append(Workspace(num_bytes, group, device))
     return kept[-1]
+
+
+def raise_if_lost(group: dist.ProcessGroup) -> None:
+    """Raise if a kernel of an earlier call of the group has given up waiting."""
+    for workspace in _workspaces.get(group, ()):
+        workspace.check()
 
 
 def _aligned(offset: int) -> int:

@@ -17,7 +17,6 @@ from fused_layers import math, params, routed, small_case, tiles
 from moe_cases import Case
 from torch import Tensor
 
-from comet_compile.kernels import layer1
 from comet_compile.kernels.fused_exchange import ExchangePlan, _Call
 from comet_compile.kernels.plan import Plan
 from comet_compile.kernels.route_tiles import TileRouting
@@ -36,9 +35,7 @@ class LocalWorkspace(Workspace):
         self.rank, self.num_ranks = rank, num_ranks
         self.buffer = torch.full((num_bytes,), NAN_BYTE, dtype=torch.uint8, device=device)
         self.buffer[:_FLAGS_BYTES].zero_()
-        counters = torch.zeros(6 + 2 * num_ranks, dtype=torch.int32, device=device)
-        self.epoch, self.abort, self.published, self.summed, self.ticket = counters[:5].split(1)
-        self.fetched, self.sent = counters[6:].split(num_ranks)
+        self.make_counters(device)
         self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32)
         self.peers = 2**40  # an address; `connect` sets a true one
 
@@ -62,13 +59,14 @@ class Ranks:
         num_experts: int = 2,
         top_k: int = 2,
         block_tokens: int = 4,
+        lead: tuple[float, float] = (0.3, 0.3),
         **layer: object,
     ) -> None:
         whole = small_case(num_tokens=1, num_experts=num_ranks * num_experts, top_k=top_k, **layer)
         self.whole, self.num_experts, self.num_ranks = whole, num_experts, num_ranks
         # one fetcher: the interpreter runs one program after the other, and none may wait for a
         # later one
-        self.plan = ExchangePlan(Plan(TILES, TILES), capacity, 1, block_tokens)
+        self.plan = ExchangePlan(Plan(TILES, TILES), capacity, 1, 1, lead, block_tokens)
         self.layout = Layout.of(
             capacity, top_k, whole.x.shape[1], num_ranks, whole.x.element_size()
         )
@@ -137,21 +135,20 @@ class Ranks:
 
 def finish(calls: Sequence[_Call]) -> list[Tensor]:
     """Run what follows `receive` on these ranks and return their y."""
-    rows = []
-    for call in calls:
-        h_RI = call.compute_hidden()
-        w_out, b_out = call.params.w_out, call.params.b_out
-        rows.append(layer1.gemm_rows(h_RI, w_out, b_out, call.routing, call.plan.gemms.layer1))
-    for call, rows_RH in zip(calls, rows, strict=True):
-        call.push(rows_RH)
+    rows = [call.combine(call.compute_hidden()) for call in calls]
     return [call.sum_own(rows_RH) for call, rows_RH in zip(calls, rows, strict=True)]
 
 
-def order_tiles_ref(routing: TileRouting, turn_S: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (turn, tile) of the tiles in use, by turn and then tile, from each tile's slots."""
-    tiles_in_use = []
+def order_tiles_ref(
+    routing: TileRouting, turn_S: Sequence[int], lead: float, own_only: bool
+) -> list[tuple[int, int]]:
+    """Return (turn, tile) of the tiles in use as they are to be computed."""
+    in_use = []
     for tile in range(int(routing.num_tiles)):
         rows = routing.slot_R[tile * routing.block_m : (tile + 1) * routing.block_m].tolist()
         turn = max(turn_S[slot] for slot in rows if slot >= 0)
-        tiles_in_use.append((turn, tile))
-    return sorted(tiles_in_use)
+        in_use.append((turn, int(routing.expert_M[tile]), tile))
+    num_lead = -(-len(in_use) * int(lead * 1024) // 1024)
+    leading = [one for one in sorted(in_use)[:num_lead] if one[0] == 0 or not own_only]
+    rest = sorted(set(in_use) - set(leading), key=lambda one: one[2])
+    return [(turn, tile) for turn, _, tile in leading + rest]

@@ -45,9 +45,7 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
             self.buffer = self.buffers[self.rank]
             self.table = torch.tensor([buffer.data_ptr() for buffer in self.buffers])
             self.peers = self.table.data_ptr()
-            counters = torch.zeros(6 + 2 * self.num_ranks, dtype=torch.int32)
-            self.epoch, self.abort, self.published, self.summed, self.ticket = counters[:5].split(1)
-            self.fetched, self.sent = counters[6:].split(self.num_ranks)
+            self.make_counters(device)
             self.message = torch.zeros(4, dtype=torch.int32)
 
         def enter(self) -> None:

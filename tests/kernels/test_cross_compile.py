@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from cross_compile import Compiled, compiling_for
 from exchange_ranks import LocalWorkspace
 
-from comet_compile.kernels import fused, fused_backward, fused_exchange, layer1
+from comet_compile.kernels import fused, fused_backward, fused_exchange
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
 from comet_compile.kernels.plan import Device, Plan, choose_plan
@@ -118,7 +118,7 @@ BACKWARD_REGISTERS = {
     (100, "qwen3_30b", 8192): (155, 146, 152),
     (100, "gpt_oss", 8192): (255, 145, 148),
 }
-# And of (dispatch_gemm_act, gemm_rows) in the exchange of two ranks.
+# And of (dispatch_gemm_act, gemm_combine) in the exchange of two ranks.
 EXCHANGE_REGISTERS = {
     (90, "qwen3_30b", 64): (92, 70),
     (90, "qwen3_30b", 4096): (168, 154),
@@ -137,7 +137,6 @@ REGISTERS_BY_KERNEL = {
     "publish_tokens": 40,
     "receive_routing": 32,
     "order_tiles": 64,
-    "push_sums": 64,
     "sum_own": 62,
 }
 # Bytes that grad_hidden spills with one of the two versions of triton.
@@ -239,11 +238,7 @@ def compile_exchange(capability: int, model: Model, num_tokens: int) -> list[Com
     with compiling_for(capability) as compiled:
         call.publish()
         call.receive()
-        h_RI = call.compute_hidden()
-        w_out, b_out = call.params.w_out, call.params.b_out
-        rows = layer1.gemm_rows(h_RI, w_out, b_out, call.routing, plan.gemms.layer1)
-        call.push(rows)
-        call.sum_own(rows)
+        call.sum_own(call.combine(call.compute_hidden()))
     return compiled
 
 
@@ -336,11 +331,10 @@ def test_exchange_compiles_without_a_spill(
 ) -> None:
     monkeypatch.setattr(fused_exchange, "read_device", lambda index: DEVICES[capability])
     compiled = compile_exchange(capability, MODELS[name], num_tokens)
-    gemms = ("dispatch_gemm_act", "gemm_rows")
+    gemms = ("dispatch_gemm_act", "gemm_combine")
     registers = EXCHANGE_REGISTERS[capability, name, num_tokens]
     assert [kernel.name.removesuffix("_kernel") for kernel in compiled] == [
-        "publish_tokens", "receive_routing", "place_slots", "order_tiles", *gemms, "push_sums",
-        "sum_own",
+        "publish_tokens", "receive_routing", "place_slots", "order_tiles", *gemms, "sum_own",
     ]  # fmt: skip
     assert_within(
         compiled,

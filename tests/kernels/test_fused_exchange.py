@@ -101,6 +101,14 @@ def test_separate_up(up_before: bool) -> None:
     check(ranks, (7, 5))
 
 
+@pytest.mark.parametrize("lead", [(0.0, 0.0), (0.6, 0.0), (0.0, 0.6), (1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("num_tokens", [(37, 40), (9, 0, 16)], ids=str)
+def test_parts_of_the_tiles_that_lead(
+    num_tokens: tuple[int, ...], lead: tuple[float, float]
+) -> None:
+    check(Ranks(len(num_tokens), capacity=64, lead=lead), num_tokens)
+
+
 @pytest.mark.parametrize("block_tokens", [2, 32])
 def test_blocks_of_tokens(block_tokens: int) -> None:
     check(Ranks(2, capacity=64, block_tokens=block_tokens), (23, 40))
@@ -123,9 +131,10 @@ def test_a_capacity_that_is_no_power_of_two() -> None:
     check(Ranks(2, capacity=24, top_k=3), (24, 20))
 
 
+@pytest.mark.parametrize("lead", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("num_turns", [1, 2, 5])
 @pytest.mark.parametrize("routing", ["random", "one_expert", "late_only", "nowhere"])
-def test_order_of_tiles(num_turns: int, routing: str) -> None:
+def test_order_of_tiles(num_turns: int, routing: str, lead: float) -> None:
     num_experts, block_m, block, blocks_per_turn = 5, 16, 16, 4
     slots_per_turn = block * blocks_per_turn
     generator = torch.Generator().manual_seed(num_turns)
@@ -143,15 +152,22 @@ def test_order_of_tiles(num_turns: int, routing: str) -> None:
     ).int()
     tables = empty_routing(ids_S.numel(), num_experts, block_m, ids_S.device)
     place_slots(ids_S, hist.flatten(), num_experts, block, tables)
-    ordered = order_by_turn(hist.flatten(), num_experts, num_turns, tables)
+    leads = (lead, 1.0 - lead)
+    order = order_by_turn(hist.flatten(), num_experts, num_turns, tables, leads)
 
-    assert ordered.order_M is not None
-    assert ordered.turn_M is not None
-    num_tiles = int(ordered.num_tiles)
-    order, turns = ordered.order_M[:num_tiles].tolist(), ordered.turn_M[:num_tiles].tolist()
+    num_tiles = int(tables.num_tiles)
     turn_S = [slot // slots_per_turn for slot in range(ids_S.numel())]
-    assert sorted(order) == list(range(num_tiles))
-    assert list(zip(turns, order, strict=True)) == order_tiles_ref(ordered, turn_S)
+    for which, part in enumerate(leads):
+        tiles = order.tile_2M[which, :num_tiles].tolist()
+        turns = order.turn_2M[which, :num_tiles].tolist()
+        wanted = order_tiles_ref(tables, turn_S, part, own_only=which == 1)
+        assert list(zip(turns, tiles, strict=True)) == wanted
+        lead_tiles = int(order.lead_2[which])
+        assert lead_tiles <= num_tiles
+        assert all(turn == 0 for turn, _ in wanted[:lead_tiles]) or which == 0
+        assert which == 1 or num_tiles * part <= lead_tiles < num_tiles * part + 1
+        if part == 0.0:
+            assert tiles == list(range(num_tiles))
     assert (num_tiles == 0) == (routing == "nowhere")
 
 
