@@ -58,9 +58,11 @@ _ALLOCATE = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+# Some of them copy where they must; an op sees these undecomposed, and their result tells.
 _VIEW = {
     _aten.alias.default,
     _aten.as_strided.default,
+    _aten.contiguous.default,
     _aten.detach.default,
     _aten.expand.default,
     _aten.permute.default,
@@ -70,6 +72,7 @@ _VIEW = {
     _aten.split.Tensor,
     _aten.split_with_sizes.default,
     _aten.t.default,
+    _aten.to.dtype,
     _aten.transpose.int,
     _aten.unsqueeze.default,
     _aten.view.default,

@@ -196,6 +196,22 @@ def test_inputs_that_overlap(driver: Driver, add: Kernel) -> None:
     assert len(driver.launches) == 2 * 3
 
 
+@pytest.mark.parametrize("above_autograd", [False, True])
+def test_views_and_what_need_not_copy(above_autograd: bool, driver: Driver, add: Kernel) -> None:
+    def body(a: Tensor, b: Tensor) -> Results:
+        x = a.view(2, 4).t().transpose(0, 1).reshape(-1).to(torch.float32).contiguous()
+        first, _ = b.expand(2, 2 * N)[1].unsqueeze(0)[:, :][0].split([N, N])
+        out = a.new_empty(N)
+        launch(add, GRID, x, first.detach(), out, N)
+        return (out.view(2, 4),)
+
+    call = Call(body, above_autograd=above_autograd)
+    for _ in range(4):
+        a, b = random(), random(2 * N)
+        torch.testing.assert_close(call(a, b)[0], (a + b[:N]).view(2, 4))
+    assert call.num_calls == 2
+
+
 def test_an_empty_input_has_no_memory(driver: Driver, add: Kernel) -> None:
     call = Call(lambda a, b: chain(add).body(b, b[:N]))
     for _ in range(3):
