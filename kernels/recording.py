@@ -265,11 +265,13 @@ class _Roots:
             if tensor is not None and tensor.numel():
                 begin = tensor.data_ptr()
                 self._ranges.append((begin, begin + _extent(tensor), root, 0))
-        result_of = {
-            t.untyped_storage().data_ptr(): len(inputs) + 1 + place
-            for place, t in enumerate(results)
-            if t is not None and t.numel()
-        }
+        result_of: dict[int, int] = {}
+        for place, result in enumerate(results):
+            if result is not None and result.numel():
+                begin = result.untyped_storage().data_ptr()
+                if begin in result_of:
+                    raise UnknownLayoutError("two results share memory")
+                result_of[begin] = len(inputs) + 1 + place
         self.buffer_bytes = 0
         for begin, tensor in noted.allocated.items():
             size = tensor.untyped_storage().nbytes()
@@ -309,16 +311,20 @@ def replay(
     """Return what `call` returns, from the second repetition on without calling it.
 
     `key` tells apart calls that differ in more than the addresses of `inputs`; a descriptor over
-    two inputs depends on their distance, so `key` has it. `constants` never move for this key.
-    The first call of a key runs as written, the second is recorded as it runs.
+    two inputs depends on their distance, so `key` has it. Calls with other `constants`, which never
+    move, are told apart too. The first call of a key runs as written, the second is recorded as it
+    runs.
     """
+    if constants:
+        # the recording keeps them alive, so their ids are theirs alone
+        key = (key, *map(id, constants))
     recording = _recordings.get(key)
     if recording is not None and not _is_watched():
         return recording.run(inputs)
     if key not in _seen:
         _keep(_seen, key, _SEEN_ONCE)
         return call()
-    if key in _recordings or _is_watched():
+    if key in _recordings or _is_watched() or _begin_together(inputs):
         return call()
     noted = _Log()
     _active.log = noted
@@ -341,6 +347,12 @@ def _keep(kept: dict[Hashable, Any], key: Hashable, value: Any) -> None:
     kept[key] = value
 
 
+def _begin_together(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether of a launch's address it could not be told which of two inputs is meant."""
+    begins = [t.data_ptr() for t in inputs if t is not None and t.numel()]
+    return len(set(begins)) < len(begins)
+
+
 def _is_watched() -> bool:
     """Whether a profiler asked Triton to be told of launches."""
     hook = knobs.runtime.launch_enter_hook
@@ -351,7 +363,7 @@ def _describe_result(result: Tensor | None, noted: _Log) -> _Result | None:
     if result is None:
         return None
     storage = result.untyped_storage()
-    is_whole = result.storage_offset() == 0 and storage.nbytes() == _extent(result)
+    is_whole = storage.nbytes() == _extent(result)
     if result.numel() and (storage.data_ptr() not in noted.allocated or not is_whole):
         raise UnknownLayoutError("a result is not an allocation of the call's own")
     return _Result(tuple(result.shape), result.stride(), result.dtype, result.device)

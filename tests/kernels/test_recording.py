@@ -196,6 +196,20 @@ def test_inputs_that_overlap(driver: Driver, add: Kernel) -> None:
     assert len(driver.launches) == 2 * 3
 
 
+def test_inputs_that_are_one_are_recorded_when_they_are_two(driver: Driver, add: Kernel) -> None:
+    call = chain(add)
+    for _ in range(3):
+        a = random()
+        torch.testing.assert_close(call(a, a[:])[0], 3 * a)
+    assert call.num_calls == 3
+    for _ in range(2):
+        a, b = random(), random()
+        torch.testing.assert_close(call(a, b)[0], a + b + b)
+    torch.testing.assert_close(call(a, a)[0], 3 * a)
+    assert call.num_calls == 4
+    assert len(driver.launches) == 4
+
+
 @pytest.mark.parametrize("above_autograd", [False, True])
 def test_views_and_what_need_not_copy(above_autograd: bool, driver: Driver, add: Kernel) -> None:
     def body(a: Tensor, b: Tensor) -> Results:
@@ -330,6 +344,24 @@ def test_threads_do_not_mix_their_addresses(driver: Driver, add: Kernel) -> None
     for (a, b), got in zip(inputs, results, strict=True):
         assert got is not None
         torch.testing.assert_close(got, a + b + b)
+
+
+def test_other_constants_have_their_own_recording(driver: Driver, add: Kernel) -> None:
+    for _ in range(3):
+        constant = random()
+
+        def body(a: Tensor, constant: Tensor = constant) -> Results:
+            out = torch.empty_like(a)
+            launch(add, GRID, a, constant, out, N)
+            return (out,)
+
+        call = Call(body, constants=(constant,))
+        for _ in range(4):
+            a = random()
+            torch.testing.assert_close(call(a)[0], a + constant)
+        # with the last one gone, the next could have its address, and its id
+        del constant, body, call
+    assert len(driver.launches) == 3 * 2
 
 
 def test_a_recording_notes_its_own_thread_only(driver: Driver, add: Kernel, copy: Kernel) -> None:
