@@ -7,8 +7,8 @@ wants them, and only what changed is written before the next one.
 
 The layout of the parameters is Triton's: the arguments that are no constants, in order, a
 descriptor as the 128 bytes that the copy engine reads, its sizes and its strides; then two scratch
-pointers. `pack` compares it with what the driver says of the loaded kernel, and refuses a kernel
-that it does not know how to launch: that one goes on through Triton.
+pointers. `PackedLaunch` compares it with what the driver says of the loaded kernel, and refuses a
+kernel that it does not know how to launch: that one goes on through Triton.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -37,6 +38,7 @@ _INTS: dict[str, Any] = {
     "fp64": ctypes.c_double,
 }
 _MAP_BYTES = 128
+_INVALID_CONTEXT = 201
 
 
 class _Config(ctypes.Structure):
@@ -132,6 +134,10 @@ class PackedLaunch:
         """Launch on `stream`."""
         self._config.stream = stream
         code = self._launch(self._config_at, self._function, self._table_at, None)
+        if code == _INVALID_CONTEXT:
+            # a thread that has not called CUDA yet; Triton, too, gives it a context
+            _enter_context()
+            code = self._launch(self._config_at, self._function, self._table_at, None)
         if code != 0:
             raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {code}")
 
@@ -178,6 +184,13 @@ def driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     return library
+
+
+def _enter_context() -> None:
+    """Give this thread the context in which torch uses its current device."""
+    context = ctypes.c_void_p()
+    driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device())
+    driver().cuCtxSetCurrent(context)
 
 
 def _config_of(compiled: Any, grid: tuple[int, ...]) -> _Config:

@@ -73,15 +73,15 @@ class Config(ctypes.Structure):
 
 
 class Driver:
-    """The part of libcuda that is used; `code` is what launches return.
+    """The part of libcuda that is used.
 
-    `stream` is the one that is current.
+    `code` is what launches return, `stream` the one that is current, `context` this thread's.
     """
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.kernels: dict[int, Kernel] = {}
-        self.code, self.stream = 0, 70
+        self.code, self.stream, self.context = 0, 70, 500
 
     def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:
         """Write the size of a parameter through `size`, made by `ctypes.byref`."""
@@ -91,10 +91,20 @@ class Driver:
         offset._obj.value, size._obj.value = sum(sizes[: index.value]), sizes[index.value]
         return 0
 
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> int:
+        """Write a device's context through `context`."""
+        context._obj.value = 500 + device
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        """Make a context this thread's."""
+        self.context = context.value
+        return 0
+
     def cuLaunchKernelEx(self, config: int, function: int, table: int, extra: None) -> int:
         """Read what lies at the addresses, then run the kernel's body."""
-        if self.code != 0:
-            return self.code
+        if self.code != 0 or self.context == 0:
+            return self.code or 201
         made, kernel = Config.from_address(config), self.kernels[function]
         sizes = kernel.sizes
         places = (ctypes.c_void_p * len(sizes)).from_address(table)

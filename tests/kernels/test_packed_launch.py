@@ -178,6 +178,22 @@ def test_a_launch_that_fails_raises(driver: Driver) -> None:
         packed.run(0)
 
 
+def test_a_thread_without_a_context_is_given_torchs(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    packed = PackedLaunch(Kernel(driver, {"n": "i32"}).compiled, GRID, (7,))
+    driver.context = 0
+    for _ in range(2):
+        packed.run(0)
+    assert driver.context == 503
+    assert [one.params for one in driver.launches] == [(7,), (7,)]
+    # what is wrong beside that is told
+    driver.code = 201
+    with pytest.raises(RuntimeError, match="CUDA error 201"):
+        packed.run(0)
+
+
 class Made:
     """Stands in for what Triton returns: an object whose last 128 bytes are the descriptor."""
 
