@@ -15,7 +15,7 @@ from comet_compile.kernels import expert_weights, layer0, layer1
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
 from comet_compile.kernels.portable import Routed
-from comet_compile.kernels.route_tiles import route_tiles
+from comet_compile.kernels.route_tiles import max_tiles, route_tiles
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -86,7 +86,9 @@ def local_forward(
         columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
         saved = x_TH.new_empty(num_tokens * top_k, columns)
 
-    routing = route_tiles(routed.ids, params.num_experts, plan.block_m)
+    num_tiles = max_tiles(routed.ids.numel(), params.num_experts, plan.block_m)
+    num_arrivals = plan.layer0.num_arrivals(num_tiles, params.w_out.shape[1])
+    routing = route_tiles(routed.ids, params.num_experts, plan.block_m, num_arrivals)
     h_RI = layer0.gather_gemm_act(
         x_TH, weights_TA, routing, params, math, plan.layer0, top_k, saved if save else None
     )

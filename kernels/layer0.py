@@ -29,6 +29,7 @@ from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.launch import descriptor, full_grid, launch
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
+from comet_compile.kernels.sync import PATIENCE, keep_pace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +66,8 @@ def gather_gemm_act(
 ) -> Tensor:
     """Return h [R, I]; `saved_SN` is given the rows in front of the activation, unpadded.
 
-    The saved rows are in the order of `sort_slots`: by expert, then by slot.
+    The saved rows are in the order of `sort_slots`: by expert, then by slot. `routing` has as many
+    counters as `tiles.num_arrivals` asks for.
     """
     act = math.activation
     projection = view_in_projection(params, act)
@@ -93,6 +95,7 @@ def gather_gemm_act(
         first_bias,
         second_bias,
         saved_SN,
+        routing.arrive if tiles.paced else None,
         x_TH.stride(0),
         0 if params.b_in is None else params.b_in.stride(0),
         0.0 if act.alpha is None else act.alpha,
@@ -147,6 +150,7 @@ def gather_gemm_act_kernel(
     first_bias_ptr,  # [L, *], experts stride_bias apart, or None
     second_bias_ptr,
     saved_ptr,  # [S, N] or None
+    arrive_ptr,
     stride_x,
     stride_bias,
     alpha,
@@ -175,8 +179,10 @@ def gather_gemm_act_kernel(
     """
     num_m = tl.load(num_tiles_ptr)
     num_n: tl.constexpr = (I + BN - 1) // BN
+    patience = PATIENCE
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
+        patience = keep_pace(arrive_ptr, tile, num_m * num_n, GROUP_M, patience)
         compute_tile(
             tile_m, start_n, x_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr, first_row_M_ptr,
             weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, stride_x, stride_bias, alpha,

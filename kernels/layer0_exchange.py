@@ -18,6 +18,7 @@ import triton.language as tl
 
 from comet_compile.kernels.exchange_kernels import pull_tokens, wait_for_turns
 from comet_compile.kernels.layer0 import compute_tile, tile_in_parts
+from comet_compile.kernels.sync import PATIENCE, keep_pace_in_parts
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def dispatch_gemm_act_kernel(
     weights_ptr,  # [P * C * A] or None
     first_bias_ptr,
     second_bias_ptr,
+    arrive_ptr,
     stride_bias,
     alpha,
     limit,
@@ -89,6 +91,7 @@ def dispatch_gemm_act_kernel(
     num_n: tl.constexpr = (I + BN - 1) // BN
     split, num_tiles = first * num_n, num_m * num_n
     arrived = 1  # turns whose tokens are here; a rank's own always are
+    patience = PATIENCE
     for part in range(2):
         # fetchers have none of the tiles that lead: their start is behind the end
         start = tl.where(is_fetcher, split, pid - num_fetchers)
@@ -97,6 +100,7 @@ def dispatch_gemm_act_kernel(
             start, stop, step = split + pid, num_tiles, num_programs
         for tile in tl.range(start, stop, step):
             index, start_n = tile_in_parts(tile, first, num_m, num_n, GROUP_M, BN)
+            patience = keep_pace_in_parts(arrive_ptr, tile, split, num_tiles, GROUP_M, patience)
             tile_m = tl.load(tile_M_ptr + index)
             turns = tl.load(turn_M_ptr + index) + 1
             wait_for_turns(

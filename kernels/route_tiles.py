@@ -39,6 +39,7 @@ class TileRouting:
     first_row_M: Tensor  # [M] int32, where the tile's rows begin if nothing is padded
     num_tiles: Tensor  # [1] int32
     end_tile_L: Tensor  # [L] int32, where the tiles of each expert end
+    arrive: Tensor  # int32 zeros, counters for `sync.keep_pace`
     block_m: int
 
 
@@ -59,11 +60,13 @@ def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     return (num_slots - experts) // block_m + experts
 
 
-def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
+def route_tiles(
+    ids_TA: Tensor, num_experts: int, block_m: int, num_arrivals: int = 0
+) -> TileRouting:
     """Return the tables for int32 or int64 `ids_TA` [T, A]; ids outside [0, L) get no row."""
     num_slots = ids_TA.numel()
     flat_S = ids_TA.reshape(-1)
-    routing = empty_routing(num_slots, num_experts, block_m, ids_TA.device)
+    routing = empty_routing(num_slots, num_experts, block_m, ids_TA.device, num_arrivals)
     if num_slots == 0:
         routing.num_tiles.zero_()
         routing.end_tile_L.zero_()
@@ -88,17 +91,28 @@ def route_tiles(ids_TA: Tensor, num_experts: int, block_m: int) -> TileRouting:
 
 
 def empty_routing(
-    num_slots: int, num_experts: int, block_m: int, device: torch.device
+    num_slots: int,
+    num_experts: int,
+    block_m: int,
+    device: torch.device,
+    num_arrivals: int = 0,
 ) -> TileRouting:
     """Return tables to be filled for any routing of that many slots."""
     num_tiles = max_tiles(num_slots, num_experts, block_m)
     # one allocation, cut where addresses stay multiples of 16 bytes
-    sizes = (num_tiles * block_m, num_slots, num_tiles, num_tiles, 1, num_experts)
+    sizes = (num_tiles * block_m, num_slots, num_tiles, num_tiles, 1, num_experts, num_arrivals)
     padded = [-(-size // 4) * 4 for size in sizes]
     tables = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
-    slot_R, row_S, expert_M, first_row_M, count, ends = tables
+    slot_R, row_S, expert_M, first_row_M, count, ends, arrive = tables
     return TileRouting(
-        slot_R, row_S[:num_slots], expert_M, first_row_M, count[:1], ends[:num_experts], block_m
+        slot_R,
+        row_S[:num_slots],
+        expert_M,
+        first_row_M,
+        count[:1],
+        ends[:num_experts],
+        arrive[:num_arrivals],
+        block_m,
     )
 
 
@@ -134,6 +148,8 @@ def place_slots(
         routing.first_row_M,
         routing.num_tiles,
         routing.end_tile_L,
+        routing.arrive,
+        routing.arrive.shape[0],
         num_slots,
         num_blocks,
         L=num_experts,
@@ -228,6 +244,8 @@ def place_slots_kernel(
     first_row_M_ptr,
     num_tiles_ptr,
     end_tile_L_ptr,
+    arrive_ptr,  # set to zero
+    num_arrivals,
     num_slots,
     num_blocks,
     L: tl.constexpr,
@@ -291,6 +309,9 @@ def place_slots_kernel(
     if block == 0:
         tl.store(num_tiles_ptr, num_tiles)
         tl.store(end_tile_L_ptr + experts, end_tile, mask=experts < L)
+    for first in range(block * PIECE, num_arrivals, num_blocks * PIECE):
+        piece = first + tl.arange(0, PIECE)
+        tl.store(arrive_ptr + piece, tl.zeros_like(piece), mask=piece < num_arrivals)
     for first in range(block * PIECE, L * BM, num_blocks * PIECE):
         piece = first + tl.arange(0, PIECE)
         expert = piece // BM

@@ -29,6 +29,8 @@ PHASES = {
 
 MESSAGE_FIELDS = 4  # phase, peer, epoch, value seen
 
+PATIENCE = tl.constexpr(32)
+
 # Without a clock (in Triton's interpreter) a deadline counts rounds of the loop.
 _ROUNDS = 1000
 
@@ -97,3 +99,42 @@ def finish_bulk_stores(BULK: tl.constexpr):
         tl.inline_asm_elementwise(
             "cp.async.bulk.wait_group 0; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def keep_pace(arrive_ptr, index, num_tiles, GROUP_M: tl.constexpr, patience, first_group=0):
+    """Give the CTAs with the GROUP_M tiles beside tile `index` a moment to begin theirs.
+
+    They multiply with the same matrix. Begun together, they read a box of it from memory once, all
+    but the first from L2; a few boxes apart, each reads it for itself, the memory becomes the limit
+    and nothing brings them together again. This is a hint, not a barrier: who has waited some 14 us
+    goes on, and who has done so in vain PATIENCE times in a row (another kernel may hold the
+    multiprocessors that the others need) goes on at once until it finds all others begun. Returns
+    the patience left.
+
+    `arrive_ptr`: a counter, 0 before the launch, for each GROUP_M tiles, theirs from `first_group`
+    on; None: nobody waits.
+    """
+    if arrive_ptr is not None:
+        counter = arrive_ptr + first_group + index // GROUP_M
+        expected = tl.minimum(GROUP_M, num_tiles - index // GROUP_M * GROUP_M)
+        seen = tl.atomic_add(counter, 1, sem="relaxed") + 1
+        rounds = tl.where(patience > 0, 0, 20)
+        while (seen < expected) & (rounds < 20):
+            seen = tl.atomic_add(counter, 0, sem="relaxed")
+            rounds += 1
+        patience = tl.where(seen < expected, tl.maximum(patience - 1, 0), PATIENCE)
+    return patience
+
+
+@triton.jit
+def keep_pace_in_parts(arrive_ptr, tile, split, num_tiles, GROUP_M: tl.constexpr, patience):
+    """`keep_pace` where the first `split` tiles are shared out first, then the others."""
+    if tile < split:
+        patience = keep_pace(arrive_ptr, tile, split, GROUP_M, patience)
+    else:
+        first_group = tl.cdiv(split, GROUP_M)
+        patience = keep_pace(
+            arrive_ptr, tile - split, num_tiles - split, GROUP_M, patience, first_group
+        )
+    return patience

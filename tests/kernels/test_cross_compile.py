@@ -82,11 +82,11 @@ REGISTERS = {
     (90, "deepseek_v3", 8192): (168, 154),
     (90, "gpt_oss", 64): (126, 88),
     (90, "gpt_oss", 512): (254, 168),
-    (90, "gpt_oss", 8192): (244, 168),
+    (90, "gpt_oss", 8192): (250, 168),
     (90, "halves_n_contiguous", 8192): (255, 168),
     (90, "interleaved_k_contiguous", 8192): (172, 154),
-    (90, "plain", 8192): (244, 170),
-    (90, "plain_n_contiguous", 8192): (189, 154),
+    (90, "plain", 8192): (252, 170),
+    (90, "plain_n_contiguous", 8192): (196, 154),
     (90, "gpt_oss_training", 8192): (255, 168),
     (80, "qwen3_30b", 64): (230, 227),
     (80, "qwen3_30b", 8192): (255, 255),
@@ -120,11 +120,11 @@ BACKWARD_REGISTERS = {
 }
 # And of (dispatch_gemm_act, gemm_combine) in the exchange of two ranks.
 EXCHANGE_REGISTERS = {
-    (90, "qwen3_30b", 64): (92, 70),
-    (90, "qwen3_30b", 4096): (168, 154),
-    (90, "gpt_oss", 4096): (245, 168),
+    (90, "qwen3_30b", 64): (106, 80),
+    (90, "qwen3_30b", 4096): (255, 222),
+    (90, "gpt_oss", 4096): (245, 172),
     (80, "qwen3_30b", 512): (255, 255),
-    (100, "qwen3_30b", 4096): (175, 145),
+    (100, "qwen3_30b", 4096): (175, 198),
 }
 REGISTERS_BY_KERNEL = {
     "count_slots": 47,
@@ -136,9 +136,11 @@ REGISTERS_BY_KERNEL = {
     "grad_bias": 66,
     "publish_tokens": 40,
     "receive_routing": 32,
-    "order_tiles": 64,
-    "sum_own": 62,
+    "order_tiles": 128,
+    "sum_own": 64,
 }
+# Bytes of stack that the tables' kernels take with one of the two versions of triton.
+TABLES_BYTES = {"place_slots": 8, "order_tiles": 8}
 # Bytes that grad_hidden spills with one of the two versions of triton.
 SPILLED_BYTES = {
     (90, "interleaved_k_contiguous", 8192): 24,  # 3.9.0
@@ -248,7 +250,7 @@ def assert_within(
     """Assert that no kernel takes more registers, spills or shared memory than allowed."""
     for kernel in compiled:
         name = kernel.name.removesuffix("_kernel")
-        assert kernel.spilled_bytes <= spilled.get(name, 0), kernel
+        assert kernel.spilled_bytes <= {**TABLES_BYTES, **spilled}.get(name, 0), kernel
         assert kernel.registers <= ceilings[name], kernel
         assert kernel.shared_bytes <= DEVICES[capability].shared_bytes, kernel
 
@@ -273,7 +275,8 @@ def test_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -
     for kernel in compiled:
         stem = kernel.name.split("_")[0]
         seen.add(stem)
-        assert kernel.spilled_bytes == 0, kernel
+        allowed = TABLES_BYTES["place_slots"] if stem == "place" else 0
+        assert kernel.spilled_bytes <= allowed, kernel
         assert kernel.registers <= ceilings[stem], kernel
         assert kernel.shared_bytes <= DEVICES[capability].shared_bytes, kernel
     assert seen >= {"place", "gather", "gemm", "sum"}

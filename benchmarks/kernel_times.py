@@ -1,0 +1,194 @@
+"""Time every kernel of a fused layer, as planned and with fields of the plan changed.
+
+    python benchmarks/kernel_times.py --shapes deepseek-v3 --vary layer0.paced=False
+    torchrun --nproc-per-node 2 benchmarks/kernel_times.py --vary num_senders=16 lead=0.2,0.4
+
+On one GPU the layer has a half of the shape's experts, which is what a rank of two has; under
+torchrun the experts are shared out and tokens travel. Each `--vary` is a variant; its fields change
+together. Times are medians of what the profiler says of each kernel, in microseconds; waiting for
+a peer is in them. `total` is the median time of a call, of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import datetime
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from moe_layer import load_package
+from torch import Tensor
+
+from comet_compile.kernels import fused, fused_exchange
+from comet_compile.kernels.activation import Activation
+from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.portable import Routed
+from comet_compile.kernels.workspace import Layout, workspace_for
+
+load_package()
+from moe_bench.runner import git_commit, versions  # type: ignore[import-not-found]  # noqa: E402
+from moe_bench.shapes import SHAPES, Shape  # type: ignore[import-not-found]  # noqa: E402
+
+MATH = LayerMath(Activation.parse("silu_glu"), "after", torch.float32)
+DEADLINE = 20.0
+
+
+@dataclasses.dataclass
+class Layer:
+    """A rank's part of a layer, and how to run it with a plan."""
+
+    routed: Routed
+    params: ExpertParams
+    plan: Any
+    run: Callable[[Any], Tensor]
+
+
+def make_layer(shape: Shape, tokens: int, group: Any) -> Layer:
+    """Return a layer of random weights; the rank draws its own."""
+    rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+    num_local = shape.num_experts // max(2, num_ranks)
+    num_experts = num_local * num_ranks
+    generator = torch.Generator("cuda").manual_seed(rank)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    w_in = normal(num_local, 2 * shape.inter, shape.hidden).mul_(shape.hidden**-0.5)
+    w_out = normal(num_local, shape.hidden, shape.inter).mul_(shape.inter**-0.5)
+    params = ExpertParams(w_in.transpose(1, 2), None, w_out.transpose(1, 2))
+    scores = torch.rand(tokens, num_experts, generator=generator, device="cuda")
+    weights, ids = scores.topk(shape.top_k, -1)
+    routed = Routed(normal(tokens, shape.hidden), ids, weights)
+    if group is None:
+        plan = fused.plan_layer(routed, params, MATH)
+
+        def run_local(plan: Any) -> Tensor:
+            return fused.local_forward(routed, params, MATH, torch.bfloat16, save=False, plan=plan)[
+                0
+            ]
+
+        return Layer(routed, params, plan, run_local)
+    capacity = fused_exchange.capacity_for([tokens])
+    device = torch.device("cuda", torch.cuda.current_device())
+    plan = fused_exchange.plan_exchange(
+        params, MATH, shape.top_k, capacity, num_ranks, device.index
+    )
+    layout = Layout.of(capacity, shape.top_k, shape.hidden, num_ranks, 2)
+    workspace = workspace_for(layout.num_bytes, group, device)
+
+    def run_exchange(plan: Any) -> Tensor:
+        return fused_exchange.all_to_all_forward(
+            routed, params, MATH, torch.bfloat16, plan, workspace, DEADLINE
+        )
+
+    return Layer(routed, params, plan, run_exchange)
+
+
+def change(plan: Any, fields: list[str]) -> Any:
+    """Return `plan` with ``name=value`` or ``layer0.name=value`` fields changed."""
+    for field in fields:
+        path, _, text = field.partition("=")
+        plan = _replace(plan, path.split("."), ast.literal_eval(text))
+    return plan
+
+
+def _replace(plan: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    if rest:
+        value = _replace(getattr(plan, name), rest, value)
+    return dataclasses.replace(plan, **{name: value})
+
+
+def kernel_times(layer: Layer, plan: Any, repeats: int) -> dict[str, float]:
+    """Return the median microseconds of each kernel, and of a call."""
+    for _ in range(3):
+        layer.run(plan)
+    calls = []
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(repeats):
+            if dist.is_initialized():
+                dist.barrier()
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            layer.run(plan)
+            end.record()
+            torch.cuda.synchronize()
+            calls.append(1e3 * begin.elapsed_time(end))
+    times = defaultdict(list)
+    for event in profile.events():
+        if event.name.endswith("_kernel"):
+            times[event.name.removesuffix("_kernel")].append(event.device_time)
+    found = {name: round(statistics.median(values), 1) for name, values in times.items()}
+    return {**found, "total": round(slowest(statistics.median(calls)), 1)}
+
+
+def slowest(value: float) -> float:
+    """Return the largest of all ranks' values."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, device="cuda")
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def main() -> int:
+    """Time the variants and print them; with --out, write them as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192], help="per rank")
+    parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="the commit measured, where there is no git to ask")
+    args = parser.parse_args()
+
+    group, rank = None, int(os.environ.get("RANK", "0"))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        group = dist.group.WORLD
+    rows = []
+    for name in args.shapes:
+        for tokens in args.tokens:
+            layer = make_layer(SHAPES[name], tokens, group)
+            for fields in [[], *args.vary]:
+                times = kernel_times(layer, change(layer.plan, fields), args.repeats)
+                rows.append({"shape": name, "tokens": tokens, "changed": fields, "us": times})
+                if rank == 0:
+                    print(name, tokens, *(fields or ["as planned"]), json.dumps(times), flush=True)
+            del layer
+            torch.cuda.empty_cache()
+    if args.out is not None and rank == 0:
+        document = {
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": args.commit or git_commit(),
+            "device": torch.cuda.get_device_name(),
+            "ranks": 1 if group is None else group.size(),
+            "versions": versions(True),
+            "rows": rows,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    if group is not None:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
