@@ -129,27 +129,27 @@ class _Call:
             d_w_PR = d_pre_RN.new_empty(1, d_pre_RN.shape[0], dtype=torch.float32)
         if not self.needs.x and d_w_PR is None:
             return None, None
-        dtype = self.x_TH.dtype
-        pairs = self._in_projections(d_pre_RN)
-        for index, (rows, weight) in enumerate(pairs):
-            out_RH = layer1.gemm_rows(
+        parts = []
+        for index, (rows, weight) in enumerate(self._in_projections(d_pre_RN)):
+            part_RH = layer1.gemm_rows(
                 rows, weight.transpose(1, 2), None, self.routing, self.plan.layer1
             )
             if d_w_PR is not None:
                 grad_routing.dot_tokens(
-                    self.x_TH, out_RH, d_w_PR[0], self.routing, self.top_k, add=index > 0
+                    self.x_TH, part_RH, d_w_PR[0], self.routing, self.top_k, add=index > 0
                 )
-            if self.needs.x:
-                part = layer1.sum_slots(
-                    out_RH,
-                    self.routing.row_S,
-                    before_TA,
-                    (self.x_TH.shape[0], self.top_k),
-                    torch.float32,
-                    dtype if len(pairs) == 1 else torch.float32,
-                )
-                d_x = part if d_x is None else d_x + part
-        return None if d_x is None else d_x.to(dtype), d_w_PR
+            parts.append(part_RH)
+        if self.needs.x:
+            d_x = layer1.sum_slots(
+                parts[0],
+                self.routing.row_S,
+                before_TA,
+                (self.x_TH.shape[0], self.top_k),
+                torch.float32,
+                self.x_TH.dtype,
+                parts[1] if len(parts) == 2 else None,
+            )
+        return d_x, d_w_PR
 
     def grad_scores(self, d_w_PR: Tensor) -> Tensor | None:
         """Return d_weights [T, A], whose parts `d_w_PR` lack what b_out adds to them."""

@@ -74,8 +74,12 @@ def sum_slots(
     shape_TA: tuple[int, int],
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    others_RH: Tensor | None = None,
 ) -> Tensor:
-    """Return [T, H] in `out_dtype`, products made in `product_dtype`; a row of -1 adds nothing."""
+    """Return [T, H] in `out_dtype`, products made in `product_dtype`; a row of -1 adds nothing.
+
+    With `others_RH`, the sum of a token's rows there is added to that in `rows_RH`, in float32.
+    """
     num_tokens, top_k = shape_TA
     hidden = rows_RH.shape[1]
     out_TH = rows_RH.new_empty(num_tokens, hidden, dtype=out_dtype)
@@ -86,6 +90,7 @@ def sum_slots(
         sum_slots_kernel,
         full_grid(num_tokens, div_up(hidden, block)),
         rows_RH,
+        others_RH,
         row_S,
         weights_TA,
         out_TH,
@@ -163,6 +168,7 @@ def multiply_tile(
 @triton.jit
 def sum_slots_kernel(
     rows_ptr,  # [R, H]
+    others_ptr,  # [R, H] or None
     row_S_ptr,
     weights_ptr,  # [S] or None
     out_ptr,  # [T, H]
@@ -174,6 +180,25 @@ def sum_slots_kernel(
     """Grid: (tokens, blocks of BH columns). All TOP_K rows are in flight before the first sum."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BH + tl.arange(0, BH)
+    total = _sum_rows(rows_ptr, row_S_ptr, weights_ptr, token, cols, TOP_K, H, BH, PRODUCT)
+    if others_ptr is not None:
+        total += _sum_rows(others_ptr, row_S_ptr, weights_ptr, token, cols, TOP_K, H, BH, PRODUCT)
+    tl.store(out_ptr + token * H + cols, total.to(out_ptr.dtype.element_ty), mask=cols < H)
+
+
+@triton.jit
+def _sum_rows(
+    rows_ptr,
+    row_S_ptr,
+    weights_ptr,
+    token,
+    cols,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    BH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """Return [BH] float32, columns of the sum of one token's rows."""
     total = tl.zeros((BH,), tl.float32)
     for j in tl.static_range(TOP_K):
         row = tl.load(row_S_ptr + token * TOP_K + j).to(tl.int64)
@@ -184,4 +209,4 @@ def sum_slots_kernel(
             weight = tl.where(row >= 0, tl.load(weights_ptr + token * TOP_K + j), 0.0)
             values = values.to(PRODUCT) * weight.to(PRODUCT)
         total += values.to(tl.float32)
-    tl.store(out_ptr + token * H + cols, total.to(out_ptr.dtype.element_ty), mask=cols < H)
+    return total

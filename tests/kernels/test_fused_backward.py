@@ -17,7 +17,7 @@ from fused_layers import ACTIVATIONS, math, params, routed, small_case, stored_p
 from moe_cases import GRAD_NAMES, Case
 from numerics import assert_matches_ref
 
-from comet_compile.kernels import fused, fused_backward, portable
+from comet_compile.kernels import fused, fused_backward, layer1, portable
 from comet_compile.kernels.experts import Needs, weight_gradients
 from comet_compile.kernels.plan import GemmTiles, Plan
 from comet_compile.kernels.refs import moe_layer_backward_ref
@@ -252,6 +252,19 @@ def test_only_what_is_needed(asked: tuple[str, ...], weight_place: str) -> None:
         assert grad is not None, name
         assert full is not None, name
         assert torch.equal(grad, full), name
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_sums_of_two_kinds_of_rows_are_rounded_once(with_weights: bool) -> None:
+    # the first sums are 2048 + 1, the second -2048: float16 has 2048 and 2050, not 2049
+    rows = torch.tensor([[2048.0], [1.0], [7.0]], dtype=torch.float16).expand(3, 40).contiguous()
+    others = torch.tensor([[-1024.0], [-1024.0], [9.0]], dtype=torch.float16).expand(3, 40)
+    row_S = torch.tensor([0, 1, 2, -1], dtype=torch.int32)
+    weights = torch.tensor([[1.0, 1.0], [0.5, float("nan")]]) if with_weights else None
+    args = rows, row_S, weights, (2, 2), torch.float32, torch.float16
+    y = layer1.sum_slots(*args, others.contiguous())
+    expected = [1.0, 8.0 if with_weights else 16.0]
+    assert torch.equal(y, torch.tensor(expected, dtype=torch.float16)[:, None].expand(2, 40))
 
 
 @pytest.mark.parametrize("weight_place", ["before", "after"])
