@@ -43,6 +43,8 @@ def why_not(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None
             return reason
     if layer0.view_in_projection(params, math.activation) is None:
         return "w_in and w_up differ in layout"
+    if params.w_up is not None and (params.b_in is None) != (params.b_up is None):
+        return f"of w_in and w_up, {'w_up' if params.b_in is None else 'w_in'} alone has a bias"
     return None
 
 

@@ -140,6 +140,21 @@ def test_gate_and_up_of_different_layout() -> None:
     assert paths.why_portable(routed, params, MATH) == "w_in and w_up differ in layout"
 
 
+def test_a_bias_of_gate_or_up_alone() -> None:
+    routed, params = layer(apart=True)
+    bias = empty(4, 32)
+    for names in ((), ("b_in", "b_up")):
+        both = dataclasses.replace(params, **dict.fromkeys(names, bias))
+        assert paths.why_portable(routed, both, MATH) is None
+    for name, weight in (("b_in", "w_in"), ("b_up", "w_up")):
+        one = dataclasses.replace(params, **{name: bias})
+        reason = f"of w_in and w_up, {weight} alone has a bias"
+        assert paths.why_portable(routed, one, MATH) == reason
+    routed, params = layer()
+    fused_pair = dataclasses.replace(params, b_in=empty(4, 64))
+    assert paths.why_portable(routed, fused_pair, MATH) is None
+
+
 def test_weights_that_begin_between_two_boxes() -> None:
     with unset_fake_temporarily():  # fake tensors have no address
         storage = torch.empty(4 * 64 * 32 + 8, dtype=torch.bfloat16)
