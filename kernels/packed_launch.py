@@ -98,9 +98,10 @@ class PackedLaunch:
                 places.append(self._keep(value))
             else:
                 raise UnknownLayoutError(f"argument {index} has the type {kind}")
-        scratch = [self._keep(ctypes.c_uint64(0)) for _ in range(2)]
-        _check_layout(compiled, [*sizes, 8, 8])
-        self._fill(places + scratch, sizes)
+        places += [self._keep(ctypes.c_uint64(0)) for _ in range(2)]  # scratch memory
+        sizes += [8, 8]
+        _check_layout(compiled, sizes)
+        self._fill(places, sizes)
         self._config = _config_of(compiled, grid)
         self._config_at = ctypes.addressof(self._config)
         self._function = compiled.function

@@ -266,20 +266,20 @@ class _Roots:
                 begin = tensor.data_ptr()
                 self._ranges.append((begin, begin + _extent(tensor), root, 0))
         result_of: dict[int, int] = {}
-        for place, result in enumerate(results):
+        for root, result in enumerate(results, len(inputs) + 1):
             if result is not None and result.numel():
                 begin = result.untyped_storage().data_ptr()
                 if begin in result_of:
                     raise UnknownLayoutError("two results share memory")
-                result_of[begin] = len(inputs) + 1 + place
+                result_of[begin] = root
         self.buffer_bytes = 0
         for begin, tensor in noted.allocated.items():
             size = tensor.untyped_storage().nbytes()
-            root, offset = result_of.get(begin), 0
-            if root is None:
-                root, offset = len(inputs), self.buffer_bytes
+            if begin in result_of:
+                self._ranges.append((begin, begin + size, result_of[begin], 0))
+            else:
+                self._ranges.append((begin, begin + size, len(inputs), self.buffer_bytes))
                 self.buffer_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-            self._ranges.append((begin, begin + size, root, offset))
         for tensor in constants:
             storage = tensor.untyped_storage()
             begin = storage.data_ptr()
