@@ -87,10 +87,11 @@ def make_layer(shape: Shape, tokens: int, group: Any) -> Layer:
     layout = Layout.of(capacity, shape.top_k, shape.hidden, num_ranks, 2)
     workspace = workspace_for(layout.num_bytes, group, device)
 
+    y = torch.empty_like(routed.x)
+
     def run_exchange(plan: Any) -> Tensor:
-        return fused_exchange.all_to_all_forward(
-            routed, params, MATH, torch.bfloat16, plan, workspace, DEADLINE
-        )
+        fused_exchange.all_to_all_forward(routed, params, MATH, plan, workspace, DEADLINE, y)
+        return y
 
     return Layer(routed, params, plan, run_exchange)
 

@@ -89,7 +89,7 @@ def plan_exchange(
     hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
     peers_bytes = (num_ranks - 1) * capacity * hidden * params.w_in.element_size()
     flops = (4 if math.activation.gated else 2) * capacity * top_k * hidden * inter
-    num_fetchers = min(_NUM_FETCHERS, device.num_sms // 4)
+    num_fetchers = max(1, min(_NUM_FETCHERS, device.num_sms // 4))
     lead0 = _part(peers_bytes / num_fetchers, flops / device.num_sms)
     # own tiles for about two rounds: nobody then waits for the last of the others
     num_jobs = capacity * top_k // gemms.block_m * div_up(hidden, gemms.layer1.block_n)
@@ -114,9 +114,9 @@ def capacity_for(tokens: Sequence[int]) -> int:
     return div_up(most, step) * step
 
 
-def row_bytes(plan: ExchangePlan, params: ExpertParams, top_k: int, num_ranks: int) -> int:
+def row_bytes(params: ExpertParams, capacity: int, top_k: int, num_ranks: int) -> int:
     """Return the bytes of h and of the experts' output rows, if all tokens chose this rank."""
-    slots = plan.capacity * top_k * num_ranks
+    slots = capacity * top_k * num_ranks
     columns = params.w_in.shape[1] + params.w_out.shape[1]
     return slots * columns * params.w_in.element_size()
 
@@ -125,20 +125,20 @@ def all_to_all_forward(
     routed: Routed,
     params: ExpertParams,
     math: LayerMath,
-    out_dtype: torch.dtype,
     plan: ExchangePlan,
     workspace: Workspace,
     deadline: float,
-) -> Tensor:
-    """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
+    out_TH: Tensor,
+) -> tuple[()]:
+    """Write y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
 
-    `deadline` is in seconds.
+    `deadline` is in seconds. Returns nothing, as `recording.replay` wants it.
     """
-    call = _Call(routed, params, math, out_dtype, plan, workspace, deadline)
+    call = _Call(routed, params, math, plan, workspace, deadline)
     call.publish()
     call.receive()
-    rows_RH = call.combine(call.compute_hidden())
-    return call.sum_own(rows_RH)
+    call.sum_own(call.combine(call.compute_hidden()), out_TH)
+    return ()
 
 
 class _Call:
@@ -149,7 +149,6 @@ class _Call:
         routed: Routed,
         params: ExpertParams,
         math: LayerMath,
-        out_dtype: torch.dtype,
         plan: ExchangePlan,
         workspace: Workspace,
         deadline: float,
@@ -161,7 +160,7 @@ class _Call:
         self.weights = None if routed.weights is None else routed.weights.contiguous()
         self.params = with_dense_biases(params)
         self.math, self.plan, self.workspace = math, plan, workspace
-        self.out_dtype, self.clock = out_dtype, clock
+        self.clock = clock
         # before sm_90 a CTA stores its tiles itself
         self.bulk = clock and read_device(self.x.device.index or 0).capability >= (9, 0)
         self.deadline = int(deadline * 1e9) if clock else 1000
@@ -389,10 +388,9 @@ class _Call:
         )
         return rows_RH
 
-    def sum_own(self, rows_RH: Tensor) -> Tensor:
-        """Return y [T, H]."""
+    def sum_own(self, rows_RH: Tensor, out_TH: Tensor) -> None:
+        """Write y [T, H]."""
         ws = self.workspace
-        out_TH = self.x.new_empty(self.num_tokens, self.hidden, dtype=self.out_dtype)
         launch(
             sum_own_kernel,
             full_grid(4 * self.num_sms),
@@ -414,7 +412,6 @@ class _Call:
             num_warps=8,
             **self._sizes(256, 8),
         )
-        return out_TH
 
     def _after(self) -> Tensor | None:
         return self.weights_S if self.math.weight_place == "after" else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -168,58 +169,68 @@ def all_to_all_forward(
 ) -> Tensor:
     """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
 
-    Fused where no rank objects (`offers`), the ranks share a machine and the buffers are not too
-    large: facts that all ranks have in common, so all take one path.
+    Fused where no rank objects (`offers`) and the ranks share a machine: facts that all ranks have
+    in common, so all take one path.
     """
     call = None
     if all(offer is None for offer in offers):
         call = _plan_exchange(routed, params, math, group, number)
     if call is None:
         return portable.all_to_all_forward(routed, params, math, out_dtype, group)
-    plan, workspace, deadline = call
+    plan, workspace, num_rounds = call
+    deadline = AGREEMENTS.seconds(group)
+    y = routed.x.new_empty(routed.x.shape, dtype=out_dtype)
     with _on_device(routed.x.device):
         workspace.enter()
-        (y,) = _replay(
-            ("all_to_all_forward", number, out_dtype, plan.capacity, deadline),
-            (*_tensors(routed), *_tensors(params)),
-            lambda: (
-                _fused_exchange().all_to_all_forward(
-                    routed, params, math, out_dtype, plan, workspace, deadline
+        for index in range(num_rounds):
+            part, y_part = routed, y
+            if num_rounds > 1:
+                tokens = slice(index * plan.capacity, (index + 1) * plan.capacity)
+                part, y_part = _tokens_of(routed, tokens), y[tokens]
+            _replay(
+                ("all_to_all_forward", number, out_dtype, plan.capacity, index, deadline),
+                (*_tensors(part), *_tensors(params), y_part),
+                functools.partial(
+                    _fused_exchange().all_to_all_forward,
+                    part, params, math, plan, workspace, deadline, y_part,
                 ),
-            ),
-            workspace.constants,
-        )
-        return y
+                workspace.constants,
+            )  # fmt: skip
+    return y
+
+
+def _tokens_of(routed: Routed, tokens: slice) -> Routed:
+    weights = None if routed.weights is None else routed.weights[tokens]
+    return Routed(routed.x[tokens], routed.ids[tokens], weights)
 
 
 # Decisions taken, by all that they depend on: taking one again would cost more than a small GEMM.
 _MAX_KNOWN = 4096
 _plans: dict[Any, Any] = {}
 _exchange_plans: dict[Any, Any] = {}
-_MAX_ROW_BYTES = 16 * 2**30
+# Of h and the experts' output rows, if all tokens chose one rank. A layer that would need more runs
+# in rounds of fewer tokens.
+_MAX_ROW_BYTES = 4 * 2**30
 
 
 def _plan_exchange(
     routed: Routed, params: ExpertParams, math: LayerMath, group: dist.ProcessGroup, number: int
-) -> tuple[Any, Any, float] | None:
-    """Return (plan, workspace, deadline in seconds), None for the portable path."""
+) -> tuple[Any, Any, int] | None:
+    """Return (plan, workspace, number of rounds), None for the portable path."""
     from comet_compile.kernels.links import link_of
     from comet_compile.kernels.workspace import raise_if_lost, workspace_for
 
     link = link_of(group, routed.x.device)
     if link.board is None:
         return None
-    seconds = AGREEMENTS.seconds(group)
     raise_if_lost(group)
-    tokens = link.board.exchange(routed.x.shape[0], seconds)
+    tokens = link.board.exchange(routed.x.shape[0], AGREEMENTS.seconds(group))
     key = (number, group.size(), *tokens)
     known = _exchange_plans.get(key)
     if known is None:
         known = _keep(_exchange_plans, key, _new_exchange_plan(routed, params, math, group, tokens))
-    plan, num_bytes = known
-    if plan is None:
-        return None
-    return plan, workspace_for(num_bytes, group, routed.x.device), seconds
+    plan, num_rounds, num_bytes = known
+    return plan, workspace_for(num_bytes, group, routed.x.device), num_rounds
 
 
 def _new_exchange_plan(
@@ -228,17 +239,20 @@ def _new_exchange_plan(
     math: LayerMath,
     group: dist.ProcessGroup,
     tokens: Sequence[int],
-) -> tuple[Any, int]:
-    """Return (plan, bytes of the workspace), plan None if the buffers would be too large."""
+) -> tuple[Any, int, int]:
+    """Return (plan, number of rounds, bytes of the workspace), the same on all ranks."""
     from comet_compile.kernels.workspace import Layout
 
     x, fused, num_ranks = routed.x, _fused_exchange(), group.size()
     capacity, top_k = fused.capacity_for(tokens), routed.ids.shape[1]
+    needed = fused.row_bytes(params, capacity, top_k, num_ranks)
+    num_rounds = max(1, -(-needed // _MAX_ROW_BYTES))
+    if num_rounds > 1:
+        capacity = fused.capacity_for([-(-max(tokens) // num_rounds)])
+        num_rounds = -(-max(tokens) // capacity)
     plan = fused.plan_exchange(params, math, top_k, capacity, num_ranks, x.device.index or 0)
-    if fused.row_bytes(plan, params, top_k, num_ranks) > _MAX_ROW_BYTES:
-        return None, 0
     layout = Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size())
-    return plan, layout.num_bytes
+    return plan, num_rounds, layout.num_bytes
 
 
 def _plan_here(routed: Routed, params: ExpertParams, math: LayerMath, number: int) -> Any | None:

@@ -105,7 +105,6 @@ class Ranks:
                 routed(layer),
                 params(self.experts_of(rank, layer)),
                 math(layer),
-                layer.out_dtype,
                 self.plan,
                 self.workspaces[rank],
                 deadline=0.0,
@@ -136,7 +135,12 @@ class Ranks:
 def finish(calls: Sequence[_Call]) -> list[Tensor]:
     """Run what follows `receive` on these ranks and return their y."""
     rows = [call.combine(call.compute_hidden()) for call in calls]
-    return [call.sum_own(rows_RH) for call, rows_RH in zip(calls, rows, strict=True)]
+    results = []
+    for call, rows_RH in zip(calls, rows, strict=True):
+        y = torch.full((call.num_tokens, call.hidden), float("nan"), dtype=call.x.dtype)
+        call.sum_own(rows_RH, y)
+        results.append(y)
+    return results
 
 
 def order_tiles_ref(

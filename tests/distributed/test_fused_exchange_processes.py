@@ -84,13 +84,18 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
 
 
 def rank_main(
-    rank: int, num_ranks: int, folder: str, unable: int | None = None
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    unable: int | None = None,
+    max_row_bytes: int = 2**30,
 ) -> tuple[list[float], list[int]]:
     """Return the error of every call, and the calls that each workspace has seen."""
-    from comet_compile.kernels import ops  # noqa: F401, registers the ops
+    from comet_compile.kernels import ops, paths  # noqa: F401, ops registers the ops
     from comet_compile.kernels.refs import moe_layer_ref
 
     workspace = use_interpreter(rank, folder, can_map=rank != unable)
+    paths._MAX_ROW_BYTES = max_row_bytes
     generator = torch.Generator().manual_seed(5)
     experts = LOCAL * num_ranks
 
@@ -149,6 +154,14 @@ def test_ranks_of_two_processes(folder: str) -> None:
         assert epochs == [0, 4, 2], "one to try, four calls in the next, two in the grown one"
     left = set(os.listdir("/dev/shm")) - boards if boards else set()
     assert not [name for name in left if name.startswith("comet-")]
+
+
+def test_a_layer_that_would_need_too_much_memory_runs_in_rounds(folder: str) -> None:
+    rounds = run_ranks(rank_main, 2, folder, None, 40_000, timeout=240)
+    for errors, epochs in rounds:
+        assert max(errors) < 2e-3
+        # 90 tokens go in two rounds, in the memory that fewer tokens take
+        assert epochs == [0, len(CALLS) + 1]
 
 
 def test_one_rank_that_cannot_map_its_peer_makes_all_portable(folder: str) -> None:

@@ -236,11 +236,11 @@ def compile_exchange(capability: int, model: Model, num_tokens: int) -> list[Com
     plan = fused_exchange.plan_exchange(*args, model.top_k, capacity, 2, 0)
     layout = Layout.of(capacity, model.top_k, model.hidden, 2, 2)
     workspace = LocalWorkspace(layout.num_bytes, 0, 2, "meta")
-    call = fused_exchange._Call(layer.routed, *args, torch.bfloat16, plan, workspace, 60.0)
+    call = fused_exchange._Call(layer.routed, *args, plan, workspace, 60.0)
     with compiling_for(capability) as compiled:
         call.publish()
         call.receive()
-        call.sum_own(call.combine(call.compute_hidden()))
+        call.sum_own(call.combine(call.compute_hidden()), empty(num_tokens, model.hidden))
     return compiled
 
 

@@ -141,10 +141,12 @@ def test_exchange(
     plan = fused_exchange.plan_exchange(params(case), math(case), top_k, capacity, 2, 0)
     layout = Layout.of(capacity, top_k, hidden, 2, case.x.element_size())
     workspace = LocalWorkspace(layout.num_bytes, 1, 2)
-    args = routed(case), params(case), math(case), case.out_dtype, plan, workspace, 60.0
+    y = torch.empty_like(case.x)
+    args = routed(case), params(case), math(case), plan, workspace, 60.0, y
     record(
-        lambda: (fused_exchange.all_to_all_forward(*args),),
+        lambda: fused_exchange.all_to_all_forward(*args),
         *case.tensors(),
+        y,
         constants=workspace.constants,
     )
 
