@@ -30,7 +30,7 @@ import torch.distributed as dist
 from moe_layer import load_package
 from torch import Tensor
 
-from comet_compile.kernels import fused, fused_exchange
+from comet_compile.kernels import exchange_plan, fused, fused_exchange
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.portable import Routed
@@ -79,11 +79,9 @@ def make_layer(shape: Shape, tokens: int, group: Any) -> Layer:
             ]
 
         return Layer(routed, params, plan, run_local)
-    capacity = fused_exchange.capacity_for([tokens])
+    capacity = exchange_plan.capacity_for([tokens])
     device = torch.device("cuda", torch.cuda.current_device())
-    plan = fused_exchange.plan_exchange(
-        params, MATH, shape.top_k, capacity, num_ranks, device.index
-    )
+    plan = exchange_plan.plan_exchange(params, MATH, shape.top_k, capacity, num_ranks, device.index)
     layout = Layout.of(capacity, shape.top_k, shape.hidden, num_ranks, 2)
     workspace = workspace_for(layout.num_bytes, group, device)
 

@@ -6,6 +6,8 @@
     push_sums          (inside layer1) for every token of a peer: the sum over this rank's experts,
                        into the peer's memory
     sum_own            for every own token: this rank's sum and the peers', in float32
+    push_scores, sum_scores
+                       (in grad_routing) the same for the gradients of the routing weights
 
 Peers go by *turn*: turn 0 is this rank, turn r is group rank ``(me + r) % P``. Every rank starts
 with another peer, so no link is everyone's first choice. Slots are numbered by turn, then token,
@@ -56,7 +58,9 @@ def publish_tokens_kernel(
     x_ptr,  # [T, H], rows stride_x apart
     ids_ptr,  # [T, A]
     weights_ptr,  # [T, A] or None
+    grad_ptr,  # [T, H], rows stride_grad apart, or None
     tokens_ptr,  # [P, C, H] symmetric, turn 0 is written
+    grads_ptr,  # the same for grad, or None
     ids_out_ptr,  # [C, A] int32 symmetric
     weights_out_ptr,  # [C, A] float32 symmetric
     num_tokens_ptr,  # [1] int32 symmetric
@@ -66,6 +70,7 @@ def publish_tokens_kernel(
     epoch_ptr,  # [1] int32, calls that have ended
     num_tokens,
     stride_x,
+    stride_grad,
     me,
     A: tl.constexpr,
     E: tl.constexpr,
@@ -85,6 +90,9 @@ def publish_tokens_kernel(
             rows = token[:, None].to(tl.int64)
             values = tl.load(x_ptr + rows * stride_x + cols[None, :], mask=mask)
             tl.store(tokens_ptr + rows * H + cols[None, :], values, mask=mask)
+            if grad_ptr is not None:
+                values = tl.load(grad_ptr + rows * stride_grad + cols[None, :], mask=mask)
+                tl.store(grads_ptr + rows * H + cols[None, :], values, mask=mask)
         for choice in range(A):
             ids = tl.load(ids_ptr + token * A + choice, mask=is_token, other=-1)
             # compared before narrowing: a stray id of 2**32 would come out as expert 0
@@ -184,7 +192,7 @@ def pull_tokens(
     tokens_ptr,  # [P, C, H] symmetric, turns 1.. are written
     ids_S_ptr,
     num_tokens_P_ptr,
-    fetched_ptr,  # [P] int32, blocks fetched of each turn
+    fetched_ptr,  # [P] int32, blocks fetched of each turn; None: nobody waits for them
     me,
     C,
     A: tl.constexpr,
@@ -219,7 +227,8 @@ def pull_tokens(
                 mask = (wanted != 0)[:, None] & (cols < H)[None, :]
                 offs = token[:, None].to(tl.int64) * H + cols[None, :]
                 tl.store(landing + offs, tl.load(source + offs, mask=mask), mask=mask)
-            count_in(fetched_ptr + turn, "gpu")
+            if fetched_ptr is not None:
+                count_in(fetched_ptr + turn, "gpu")
 
 
 @triton.jit

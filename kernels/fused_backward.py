@@ -15,7 +15,7 @@ from comet_compile.kernels import grad_params, grad_routing, layer1, layer_backw
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
 from comet_compile.kernels.plan import GemmTiles, Plan
 from comet_compile.kernels.portable import Routed
-from comet_compile.kernels.route_tiles import TileRouting, route_tiles
+from comet_compile.kernels.route_tiles import TileRouting, max_tiles, route_tiles
 
 
 def why_not(params: ExpertParams, math: LayerMath, has_rows: bool) -> str | None:
@@ -40,11 +40,16 @@ def local_backward(
     """
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
     grad_TH = grad_y.to(x_TH.dtype)
-    call = _Call(
+    call = Call(
         x_TH=x_TH,
         grad_TH=grad_TH if grad_TH.stride(1) == 1 else grad_TH.contiguous(),
         weights_TA=None if routed.weights is None else routed.weights.contiguous(),
-        routing=route_tiles(routed.ids, params.num_experts, plan.block_m),
+        routing=route_tiles(
+            routed.ids,
+            params.num_experts,
+            plan.block_m,
+            num_arrivals(routed.ids.numel(), params, plan),
+        ),
         top_k=routed.ids.shape[1],
         params=params,
         math=math,
@@ -63,6 +68,7 @@ def local_backward(
         hidden_tiles(plan),
         call.top_k,
         gathered=call.gathered,
+        arrive=call.routing.arrive,
     )
     d_x, d_w_before = call.grad_tokens(d_pre_RN)
     d_weights = call.grad_scores(d_w if d_w_before is None else d_w_before)
@@ -79,7 +85,15 @@ def hidden_tiles(plan: Plan) -> GemmTiles:
     """Return the tiling of grad_hidden: narrower than layer1's, for its epilogue's registers."""
     block_n = max(64, min(128, plan.layer1.block_n))
     stages = plan.layer1.num_stages + (1 if block_n < plan.layer1.block_n else 0)
-    return dataclasses.replace(plan.layer1, block_n=block_n, num_stages=stages)
+    return dataclasses.replace(
+        plan.layer1, block_n=block_n, num_stages=stages, paced=plan.layer0.paced
+    )
+
+
+def num_arrivals(num_slots: int, params: ExpertParams, plan: Plan) -> int:
+    """Return how many counters `hidden_tiles` take for so many slots."""
+    num_tiles = max_tiles(num_slots, params.num_experts, plan.block_m)
+    return hidden_tiles(plan).num_arrivals(num_tiles, params.w_out.shape[1])
 
 
 def weight_tiles(plan: Plan) -> GemmTiles:
@@ -99,7 +113,7 @@ def weight_tiles(plan: Plan) -> GemmTiles:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Call:
+class Call:
     """One backward: its tensors in strides that the kernels take, and how it runs."""
 
     x_TH: Tensor

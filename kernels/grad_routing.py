@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from comet_compile.kernels.exchange_kernels import peer_pointer
 from comet_compile.kernels.launch import div_up, full_grid, launch, power_of_2
 from comet_compile.kernels.route_tiles import TileRouting
+from comet_compile.kernels.sync import PARTS_OF_PEER, count_in, signal, wait
+
+_PARTS = tl.constexpr(PARTS_OF_PEER)
 
 
 def dot_tokens(
@@ -132,3 +136,69 @@ def dot_tokens_kernel(
         if ADD:
             total += tl.load(out_ptr + row)
         tl.store(out_ptr + row, total)
+
+
+@triton.jit
+def push_scores_kernel(
+    d_w_ptr,  # [P * C * A] float32, 0 where the expert is not here
+    num_tokens_P_ptr,
+    peers_ptr,
+    scores_offset,  # of [P, C * A], by the receiver's turn
+    scored_offset,  # of [P] int32 flags, by source rank
+    done_ptr,  # [1] int32, CTAs of this launch that are done
+    epoch_ptr,
+    abort_ptr,
+    me,
+    num_slots,  # C * A
+    A: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Send the gradients of routing weights to the tokens' owners. Grid: (blocks of slots, P)."""
+    turn = tl.program_id(1)
+    receiver = (me + turn) % P
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = slot < tl.load(num_tokens_P_ptr + turn) * A
+    values = tl.load(d_w_ptr + turn * num_slots + slot, mask=mask, other=0.0)
+    scores = peer_pointer(peers_ptr, receiver, scores_offset, tl.float32)
+    tl.store(scores + ((P - turn) % P) * num_slots + slot, values, mask=mask)
+    if count_in(done_ptr, "sys") == tl.num_programs(0) * P - 1:
+        tl.store(done_ptr, 0)
+        # as in push_sums: who has given up tells nobody that it is done
+        if tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="gpu") == 0:
+            epoch = tl.load(epoch_ptr) + 1
+            for other in range(1, P):
+                scored = peer_pointer(peers_ptr, (me + other) % P, scored_offset, tl.int32)
+                signal(scored + me, epoch, "sys")
+
+
+@triton.jit
+def sum_scores_kernel(
+    scores_ptr,  # [P, C * A] symmetric
+    scored_ptr,  # [P] int32 symmetric, by source rank
+    out_ptr,  # [T * A]
+    epoch_ptr,
+    abort_ptr,
+    message_ptr,
+    deadline,
+    num_slots,  # T * A
+    me,
+    stride_turn,  # C * A
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """Add up what the ranks sent for each slot; all but one sent 0. Grid: blocks of slots."""
+    epoch = tl.load(epoch_ptr) + 1
+    for turn in range(1, P):
+        source = (me + turn) % P
+        wait(
+            scored_ptr + source, epoch, abort_ptr, message_ptr, deadline, _PARTS, source, epoch,
+            "sys", CLOCK,
+        )  # fmt: skip
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for turn in range(P):
+        total += tl.load(scores_ptr + turn * stride_turn + slot, mask=slot < num_slots, other=0.0)
+    total = tl.where(tl.load(abort_ptr) != 0, float("nan"), total)
+    tl.store(out_ptr + slot, total.to(out_ptr.dtype.element_ty), mask=slot < num_slots)

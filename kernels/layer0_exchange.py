@@ -33,6 +33,7 @@ def dispatch_gemm_act_kernel(
     weights_ptr,  # [P * C * A] or None
     first_bias_ptr,
     second_bias_ptr,
+    saved_ptr,  # [P * C * A, N] or None
     arrive_ptr,
     stride_bias,
     alpha,
@@ -42,6 +43,8 @@ def dispatch_gemm_act_kernel(
     lead_ptr,  # [1] int32, tiles that come in the order of their turns
     peers_ptr,
     tokens_offset,
+    grads_ptr,  # [P, C, H] symmetric, fetched after the tokens, or None
+    grads_offset,
     ids_S_ptr,
     num_tokens_P_ptr,
     fetched_ptr,
@@ -86,6 +89,11 @@ def dispatch_gemm_act_kernel(
             pid, num_fetchers, peers_ptr, tokens_offset, tokens_ptr, ids_S_ptr, num_tokens_P_ptr,
             fetched_ptr, me, C, TOP_K, L, H, P, BT, BH, ROWS,
         )  # fmt: skip
+        if grads_ptr is not None:
+            pull_tokens(
+                pid, num_fetchers, peers_ptr, grads_offset, grads_ptr, ids_S_ptr, num_tokens_P_ptr,
+                None, me, C, TOP_K, L, H, P, BT, BH, ROWS,
+            )  # fmt: skip
 
     num_m, first = tl.load(num_tiles_ptr), tl.load(lead_ptr)
     num_n: tl.constexpr = (I + BN - 1) // BN
@@ -110,7 +118,7 @@ def dispatch_gemm_act_kernel(
             arrived = tl.maximum(arrived, turns)
             compute_tile(
                 tile_m, start_n, tokens_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr,
-                first_row_M_ptr, weights_ptr, first_bias_ptr, second_bias_ptr, None, H, stride_bias,
-                alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED, KIND, GATED,
-                UP_FIRST, CLAMP, SCALE,
+                first_row_M_ptr, weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, H,
+                stride_bias, alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED,
+                KIND, GATED, UP_FIRST, CLAMP, SCALE,
             )  # fmt: skip

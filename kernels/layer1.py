@@ -126,8 +126,8 @@ def gemm_rows_kernel(
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
         acc = multiply_tile(
-            tile_m, start_n, h_desc, w_desc, expert_M_ptr, bias_ptr, stride_bias, K, N, BM, BN, BK,
-            K_CONTIGUOUS,
+            tile_m, start_n, h_desc, w_desc, None, expert_M_ptr, bias_ptr, stride_bias, K, N, BM,
+            BN, BK, K_CONTIGUOUS,
         )  # fmt: skip
         out_desc.store([tile_m * BM, start_n], acc.to(out_desc.dtype))
 
@@ -138,6 +138,7 @@ def multiply_tile(
     start_n,
     h_desc,
     w_desc,
+    second_desc,
     expert_M_ptr,
     bias_ptr,
     stride_bias,
@@ -148,7 +149,10 @@ def multiply_tile(
     BK: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
 ):
-    """Return [BM, BN] float32 of one tile; the arguments are the kernel's."""
+    """Return [BM, BN] float32 of one tile; the arguments are the kernel's.
+
+    With a second matrix, columns K .. 2K of the rows are multiplied with that.
+    """
     expert = tl.load(expert_M_ptr + tile_m)
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
@@ -158,6 +162,14 @@ def multiply_tile(
         else:
             w = w_desc.load([0, expert, k, start_n]).reshape(BK, BN)
         acc = tl.dot(h, w, acc)
+    if second_desc is not None:
+        for k in range(0, K, BK):
+            h = h_desc.load([tile_m * BM, K + k])
+            if K_CONTIGUOUS:
+                w = second_desc.load([0, expert, start_n, k]).reshape(BN, BK).T
+            else:
+                w = second_desc.load([0, expert, k, start_n]).reshape(BK, BN)
+            acc = tl.dot(h, w, acc)
     if bias_ptr is not None:
         offs_n = start_n + tl.arange(0, BN)
         bias = bias_ptr + expert.to(tl.int64) * stride_bias + offs_n

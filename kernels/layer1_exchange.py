@@ -31,6 +31,7 @@ from comet_compile.kernels.sync import count_in, finish_bulk_stores
 def gemm_combine_kernel(
     h_desc,  # [R, I]
     w_desc,  # [1, L, H, I] or [1, L, I, H]
+    second_desc,  # the same, or None: the rows [R, 2I] are those of the first and of the second
     rows_desc,  # [R, H]
     rows_ptr,  # the same memory
     expert_M_ptr,
@@ -93,8 +94,8 @@ def gemm_combine_kernel(
             index, start_n = tile_in_parts(tile, first, num_m, num_n, GROUP_M, BN)
             tile_m = tl.load(tile_M_ptr + num_m - 1 - index)
             acc = multiply_tile(
-                tile_m, start_n, h_desc, w_desc, expert_M_ptr, bias_ptr, stride_bias, I, H, BM, BN,
-                BK, K_CONTIGUOUS,
+                tile_m, start_n, h_desc, w_desc, second_desc, expert_M_ptr, bias_ptr, stride_bias,
+                I, H, BM, BN, BK, K_CONTIGUOUS,
             )  # fmt: skip
             rows_desc.store([tile_m * BM, start_n], acc.to(rows_desc.dtype))
         if part == 0:

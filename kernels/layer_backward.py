@@ -45,6 +45,7 @@ from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, 
 from comet_compile.kernels.layer0 import tile_of
 from comet_compile.kernels.plan import GemmTiles
 from comet_compile.kernels.route_tiles import TileRouting
+from comet_compile.kernels.sync import PATIENCE, keep_pace
 
 
 def gather_rows(
@@ -88,12 +89,14 @@ def grad_hidden(
     top_k: int,
     *,
     gathered: bool = False,
+    arrive: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (d_pre [R, N], wh [R, I], d_w partial sums [I / block_n, R] float32).
 
     `grad_rows` is the gradient of the tokens [T, H], or of their rows [R, H] (`gather_rows`), if
     `gathered`. The columns of d_pre are those of `saved_SN`: halves, or interleaved. Without
-    `weights_TA`, as where they multiply before, d_w is left as it is.
+    `weights_TA`, as where they multiply before, d_w is left as it is. `arrive`: zeros for
+    `tiles.num_arrivals`, needed if `tiles` are paced.
     """
     act = math.activation
     num_rows, columns = routing.slot_R.shape[0], saved_SN.shape[1]
@@ -130,6 +133,7 @@ def grad_hidden(
         routing.first_row_M,
         routing.num_tiles,
         weights_TA,
+        arrive if tiles.paced else None,
         num_rows,
         grad_rows.stride(0),
         0.0 if act.alpha is None else act.alpha,
@@ -200,6 +204,7 @@ def grad_hidden_kernel(
     first_row_M_ptr,
     num_tiles_ptr,
     weights_ptr,  # [S] or None
+    arrive_ptr,
     num_rows,
     stride_grad,
     alpha,
@@ -223,8 +228,10 @@ def grad_hidden_kernel(
     num_m = tl.load(num_tiles_ptr)
     num_n: tl.constexpr = (I + BN - 1) // BN
     offs_k = tl.arange(0, BK)
+    patience = PATIENCE
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
+        patience = keep_pace(arrive_ptr, tile, num_m * num_n, GROUP_M, patience)
         expert = tl.load(expert_M_ptr + tile_m)
         slot = tl.load(slot_R_ptr + tile_m * BM + tl.arange(0, BM))
         is_row = slot >= 0

@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from comet_compile.kernels import paths, portable
+from comet_compile.kernels import paths
 from comet_compile.kernels.agreement import AGREEMENTS
-from comet_compile.kernels.experts import Needs, weight_gradients
+from comet_compile.kernels.experts import Needs
 from comet_compile.kernels.validate import Checked, Layer, check_again, check_layer
 
 # Without the tag Inductor would capture the op, since the graph itself holds no host read any more.
@@ -164,17 +164,17 @@ def _moe_layer_backward(
     checked = check_again(layer, activation, weight_place, product_dtype, form, group_name)
     routed, params, math = layer.routed, layer.params, checked.math
     wanted = _read_needs(needs)
-    group = None
+    group, offers = None, []
     if form != "local":
         facts = {"grad_dtype": grad_y.dtype, "needs": wanted}
-        group, _ = _agreed_group(
-            "comet::moe_layer_backward", form, group_name, layer, checked, facts
+        offer = paths.why_portable_here(routed, params, math, checked.number)
+        group, offers = _agreed_group(
+            "comet::moe_layer_backward", form, group_name, layer, checked, facts, offer
         )
     if form == "all_to_all" and group is not None and group.size() > 1:
-        d_x, d_weights, parts = portable.all_to_all_backward(
-            grad_y, routed, params, math, wanted, group
+        grads = paths.all_to_all_backward(
+            grad_y, routed, params, math, wanted, group, offers, checked.number
         )
-        grads = (d_x, d_weights, *weight_gradients(parts, params, wanted))
     else:
         grads = paths.local_backward(grad_y, routed, saved, params, math, wanted, checked.number)
     return *(x.new_empty(0) if grad is None else grad for grad in grads), _token_out(x, form)

@@ -56,17 +56,18 @@ def choose_path(
     # Ranks on several machines, which only the first run can tell, take the portable path.
     reads_host = form == "all_to_all" and not _on_one_machine()
     backward = _why_backward_portable(form, params, math, save == "pre_activation")
+    backward_reads_host = reads_host or (loops and backward is not None)
     plan = {**gemms.as_dict(), "form": form}
     if backward is not None:
         plan["why_backward_portable"] = backward
-    return Choice(True, backward is None, reads_host, loops and backward is not None, plan)
+    return Choice(True, backward is None, reads_host, backward_reads_host, plan)
 
 
 def _why_backward_portable(
     form: str, params: ExpertParams, math: LayerMath, saved: bool
 ) -> str | None:
     if form == "all_to_all":
-        return "the fused backward does not reach over ranks"
+        return None  # it computes the rows again
     return _fused_backward().why_not(params, math, saved)
 
 
@@ -172,9 +173,7 @@ def all_to_all_forward(
     Fused where no rank objects (`offers`) and the ranks share a machine: facts that all ranks have
     in common, so all take one path.
     """
-    call = None
-    if all(offer is None for offer in offers):
-        call = _plan_exchange(routed, params, math, group, number)
+    call = _plan_exchange(routed, params, math, group, offers, number)
     if call is None:
         return portable.all_to_all_forward(routed, params, math, out_dtype, group)
     plan, workspace, num_rounds = call
@@ -199,6 +198,42 @@ def all_to_all_forward(
     return y
 
 
+def all_to_all_backward(
+    grad_y: Tensor,
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    needs: Needs,
+    group: dist.ProcessGroup,
+    offers: Sequence[str | None],
+    number: int,
+) -> tuple[Tensor | None, ...]:
+    """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
+
+    Fused as the forward is, where the gradient of x is asked for and one round is enough.
+    """
+    call = None
+    if needs.x:
+        call = _plan_exchange(routed, params, math, group, offers, number, backward=True)
+    if call is None or call[2] > 1:
+        d_x, d_weights, parts = portable.all_to_all_backward(
+            grad_y, routed, params, math, needs, group
+        )
+        return d_x, d_weights, *weight_gradients(parts, params, needs)
+    plan, workspace, _ = call
+    deadline = AGREEMENTS.seconds(group)
+    with _on_device(grad_y.device):
+        workspace.enter()
+        return _replay(
+            ("all_to_all_backward", number, describe(grad_y), plan.capacity, needs, deadline),
+            (grad_y, *_tensors(routed), *_tensors(params)),
+            lambda: _fused_exchange().all_to_all_backward(
+                grad_y, routed, params, math, needs, plan, workspace, deadline
+            ),
+            workspace.constants,
+        )
+
+
 def _tokens_of(routed: Routed, tokens: slice) -> Routed:
     weights = None if routed.weights is None else routed.weights[tokens]
     return Routed(routed.x[tokens], routed.ids[tokens], weights)
@@ -208,15 +243,24 @@ def _tokens_of(routed: Routed, tokens: slice) -> Routed:
 _MAX_KNOWN = 4096
 _plans: dict[Any, Any] = {}
 _exchange_plans: dict[Any, Any] = {}
-# Of h and the experts' output rows, if all tokens chose one rank. A layer that would need more runs
-# in rounds of fewer tokens.
-_MAX_ROW_BYTES = 4 * 2**30
+# Of all rows, if all tokens chose one rank. A forward that would need more runs in rounds of fewer
+# tokens, a backward on the portable path.
+_MAX_ROW_BYTES, _MAX_BACKWARD_ROW_BYTES = 4 * 2**30, 12 * 2**30
 
 
 def _plan_exchange(
-    routed: Routed, params: ExpertParams, math: LayerMath, group: dist.ProcessGroup, number: int
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    group: dist.ProcessGroup,
+    offers: Sequence[str | None],
+    number: int,
+    *,
+    backward: bool = False,
 ) -> tuple[Any, Any, int] | None:
     """Return (plan, workspace, number of rounds), None for the portable path."""
+    if any(offer is not None for offer in offers):
+        return None
     from comet_compile.kernels.links import link_of
     from comet_compile.kernels.workspace import raise_if_lost, workspace_for
 
@@ -225,10 +269,11 @@ def _plan_exchange(
         return None
     raise_if_lost(group)
     tokens = link.board.exchange(routed.x.shape[0], AGREEMENTS.seconds(group))
-    key = (number, group.size(), *tokens)
+    key = (number, backward, group.size(), *tokens)
     known = _exchange_plans.get(key)
     if known is None:
-        known = _keep(_exchange_plans, key, _new_exchange_plan(routed, params, math, group, tokens))
+        known = _new_exchange_plan(routed, params, math, group, tokens, backward)
+        _keep(_exchange_plans, key, known)
     plan, num_rounds, num_bytes = known
     return plan, workspace_for(num_bytes, group, routed.x.device), num_rounds
 
@@ -239,19 +284,23 @@ def _new_exchange_plan(
     math: LayerMath,
     group: dist.ProcessGroup,
     tokens: Sequence[int],
+    backward: bool,
 ) -> tuple[Any, int, int]:
     """Return (plan, number of rounds, bytes of the workspace), the same on all ranks."""
+    from comet_compile.kernels import exchange_plan
     from comet_compile.kernels.workspace import Layout
 
-    x, fused, num_ranks = routed.x, _fused_exchange(), group.size()
-    capacity, top_k = fused.capacity_for(tokens), routed.ids.shape[1]
-    needed = fused.row_bytes(params, capacity, top_k, num_ranks)
-    num_rounds = max(1, -(-needed // _MAX_ROW_BYTES))
+    x, num_ranks = routed.x, group.size()
+    capacity, top_k = exchange_plan.capacity_for(tokens), routed.ids.shape[1]
+    needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
+    most = _MAX_BACKWARD_ROW_BYTES if backward else _MAX_ROW_BYTES
+    num_rounds = max(1, -(-needed // most))
     if num_rounds > 1:
-        capacity = fused.capacity_for([-(-max(tokens) // num_rounds)])
+        capacity = exchange_plan.capacity_for([-(-max(tokens) // num_rounds)])
         num_rounds = -(-max(tokens) // capacity)
-    plan = fused.plan_exchange(params, math, top_k, capacity, num_ranks, x.device.index or 0)
-    layout = Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size())
+    index = x.device.index or 0
+    plan = exchange_plan.plan_exchange(params, math, top_k, capacity, num_ranks, index)
+    layout = Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size(), backward=backward)
     return plan, num_rounds, layout.num_bytes
 
 

@@ -32,29 +32,43 @@ class Layout:
     sums: int  # [P, C, H], by turn
     ids: int  # [C, A] int32
     weights: int  # [C, A] float32
+    grads: int  # [P, C, H], as `tokens`; only in a backward, as `scores`
+    scores: int  # [P, C, A] float32, by turn
     num_bytes: int
 
     @classmethod
-    def of(cls, capacity: int, top_k: int, hidden: int, num_ranks: int, itemsize: int) -> Layout:
+    def of(
+        cls,
+        capacity: int,
+        top_k: int,
+        hidden: int,
+        num_ranks: int,
+        itemsize: int,
+        *,
+        backward: bool = False,
+    ) -> Layout:
         """Return the offsets for a layer."""
         rows = num_ranks * capacity * hidden * itemsize
         table = capacity * top_k * 4
         sums = _aligned(_FLAGS_BYTES + rows)
         ids = _aligned(sums + rows)
         weights = _aligned(ids + table)
-        return cls(_FLAGS_BYTES, sums, ids, weights, _aligned(weights + table))
+        grads = _aligned(weights + table)
+        scores = _aligned(grads + (rows if backward else 0))
+        end = _aligned(scores + (num_ranks * table if backward else 0))
+        return cls(_FLAGS_BYTES, sums, ids, weights, grads, scores, end)
 
 
 # In front of the layer's buffers: flags, which must outlive every layout.
 _MAX_RANKS = 64
-_READY, _ARRIVED, _NUM_TOKENS = 0, 4 * _MAX_RANKS, 8 * _MAX_RANKS
-_FLAGS_BYTES = 8 * _MAX_RANKS + _ALIGNMENT
+_READY, _ARRIVED, _SCORED, _NUM_TOKENS = (4 * _MAX_RANKS * place for place in range(4))
+_FLAGS_BYTES = _NUM_TOKENS + _ALIGNMENT
 
 
 class Workspace:
     """A symmetric allocation of one group, with the flags and counters of its calls."""
 
-    READY, ARRIVED, NUM_TOKENS = _READY, _ARRIVED, _NUM_TOKENS
+    READY, ARRIVED, SCORED, NUM_TOKENS = _READY, _ARRIVED, _SCORED, _NUM_TOKENS
 
     def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
         # NVLink multicast is neither used nor asked for.
@@ -82,9 +96,9 @@ class Workspace:
         `counters` is zeroed again in every call, by its first kernel that waits.
         """
         num_ranks = self.num_ranks
-        every = torch.zeros(4 + 1 + 3 * num_ranks, dtype=torch.int32, device=device)
-        self.epoch, self.abort, self.published, self.summed = every[:4].split(1)
-        self.counters = every[4:]
+        every = torch.zeros(5 + 1 + 3 * num_ranks, dtype=torch.int32, device=device)
+        self.epoch, self.abort, self.published, self.summed, self.scored = every[:5].split(1)
+        self.counters = every[5:]
         self.done = self.counters[:1]
         self.fetched, self.tasks, self.sent = self.counters[1:].split(num_ranks)
 

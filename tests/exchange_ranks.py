@@ -17,7 +17,10 @@ from fused_layers import math, params, routed, small_case, tiles
 from moe_cases import Case
 from torch import Tensor
 
-from comet_compile.kernels.fused_exchange import ExchangePlan, _Call
+from comet_compile.kernels.exchange_call import ExchangeCall
+from comet_compile.kernels.exchange_plan import ExchangePlan
+from comet_compile.kernels.experts import Needs
+from comet_compile.kernels.fused_exchange import BackwardCall
 from comet_compile.kernels.plan import Plan
 from comet_compile.kernels.route_tiles import TileRouting
 from comet_compile.kernels.sync import MESSAGE_FIELDS
@@ -68,7 +71,7 @@ class Ranks:
         # later one
         self.plan = ExchangePlan(Plan(TILES, TILES), capacity, 1, 1, lead, block_tokens)
         self.layout = Layout.of(
-            capacity, top_k, whole.x.shape[1], num_ranks, whole.x.element_size()
+            capacity, top_k, whole.x.shape[1], num_ranks, whole.x.element_size(), backward=True
         )
         self.workspaces = [
             LocalWorkspace(self.layout.num_bytes, rank, num_ranks) for rank in range(num_ranks)
@@ -95,13 +98,17 @@ class Ranks:
                 ids.remainder_(num_experts)
             if weights is not None:
                 weights[(ids < 0) | (ids >= num_experts)] = float("nan")
-            layers.append(dataclasses.replace(self.whole, x=random.x, ids=ids, weights=weights))
+            layers.append(
+                dataclasses.replace(
+                    self.whole, x=random.x, ids=ids, weights=weights, grad_y=random.grad_y
+                )
+            )
         return layers
 
-    def calls(self, layers: Sequence[Case]) -> list[_Call]:
+    def calls(self, layers: Sequence[Case]) -> list[ExchangeCall]:
         """Each rank's call, not begun."""
         return [
-            _Call(
+            ExchangeCall(
                 routed(layer),
                 params(self.experts_of(rank, layer)),
                 math(layer),
@@ -131,8 +138,31 @@ class Ranks:
             call.receive()
         return finish(calls)
 
+    def run_backward(
+        self, layers: Sequence[Case], needs: Needs | None = None
+    ) -> list[tuple[Tensor | None, ...]]:
+        """Each rank's gradients."""
+        calls = [
+            BackwardCall(
+                layer.grad_y,
+                routed(layer),
+                params(self.experts_of(rank, layer)),
+                math(layer),
+                needs or Needs(),
+                self.plan,
+                self.workspaces[rank],
+                deadline=0.0,
+                clock=False,
+            )
+            for rank, layer in enumerate(layers)
+        ]
+        for stage in (BackwardCall.publish, BackwardCall.receive, BackwardCall.compute):
+            for call in calls:
+                stage(call)
+        return [call.finish() for call in calls]
 
-def finish(calls: Sequence[_Call]) -> list[Tensor]:
+
+def finish(calls: Sequence[ExchangeCall]) -> list[Tensor]:
     """Run what follows `receive` on these ranks and return their y."""
     rows = [call.combine(call.compute_hidden()) for call in calls]
     results = []

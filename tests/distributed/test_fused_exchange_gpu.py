@@ -18,7 +18,7 @@ from distributed.gloo import run_ranks
 from comet_compile.errors import PeerTimeoutError
 from comet_compile.kernels import ops  # noqa: F401, registers the ops
 from comet_compile.kernels.agreement import AGREEMENTS
-from comet_compile.kernels.refs import moe_layer_ref
+from comet_compile.kernels.refs import moe_layer_backward_ref, moe_layer_ref
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +94,35 @@ class Layer:
         )
         return y
 
+    def gradients(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+        """y and the gradients of (x, weights, w_in, w_out, b_in) for a fixed gradient of y."""
+        mine = slice(self.rank * self.local, (self.rank + 1) * self.local)
+        leaves = [
+            t.detach().requires_grad_()
+            for t in (x, weights, self.w_in[mine], self.w_out[mine], self.b_in[mine])
+        ]
+        x, weights, w_in, w_out, b_in = leaves
+        y, _, _ = torch.ops.comet.moe_layer(
+            x,
+            ids,
+            weights,
+            w_in,
+            None,
+            w_out,
+            b_in,
+            None,
+            None,
+            None,
+            **self.options,
+            out_dtype=self.dtype,
+            form="all_to_all",
+            group_name=dist.group.WORLD.group_name,
+            save="nothing",
+        )
+        torch.manual_seed(77 + self.rank)
+        grad_y = torch.randn(y.shape, device="cuda").to(y.dtype)
+        return grad_y, torch.autograd.grad(y, leaves, grad_y)
+
     def error(self, y: torch.Tensor, x: Any, ids: Any, weights: Any) -> float:
         """Distance from the float32 reference, relative to it in norm."""
         ref = moe_layer_ref(
@@ -153,6 +182,63 @@ def test_values(outcomes: list[dict[str, list[float]]], name: str) -> None:
     bound = 1e-3 if LAYERS[name][-1] == torch.float16 else 6e-3
     for outcome in outcomes:
         assert max(outcome[name]) < bound
+
+
+BACKWARD = ("small", "one_rank_empty", "odd_sizes", "before", "plain", "qwen3")
+
+
+def backward_main(rank: int, num_ranks: int) -> dict[str, dict[str, float]]:
+    """Errors of every gradient, relative in norm to those of the whole layer in float32."""
+    start(rank)
+    outcome, calls = {}, 0
+    for name in BACKWARD:
+        layer = Layer(LAYERS[name], rank, num_ranks)
+        routed = layer.routed(0)
+        grad_y, grads = layer.gradients(*routed)
+        for _ in range(2):  # recorded, then replayed
+            for grad, again in zip(grads, layer.gradients(*routed)[1], strict=True):
+                assert torch.equal(grad, again), f"{name}: the same call gives the same bits"
+        calls += 6
+        assert fused_calls() == calls, f"{name} ran the portable path"
+        every: list[Any] = [None] * num_ranks
+        dist.all_gather_object(every, [t.cpu() for t in (*routed, grad_y)])
+        x, ids, weights, grad = (torch.cat(part).cuda() for part in zip(*every, strict=True))
+        refs = moe_layer_backward_ref(
+            grad,
+            x,
+            ids,
+            weights,
+            layer.w_in,
+            None,
+            layer.w_out,
+            layer.b_in,
+            activation=layer.options["activation"],
+            weight_place=layer.options["weight_place"],
+        )
+        first = sum(len(part[0]) for part in every[:rank])
+        tokens = slice(first, first + len(routed[0]))
+        mine = slice(rank * layer.local, (rank + 1) * layer.local)
+        wanted = (refs[0][tokens], refs[1][tokens], refs[2][mine], refs[4][mine], refs[5][mine])
+        errors = {}
+        for what, got, ref in zip(
+            ("x", "weights", "w_in", "w_out", "b_in"), grads, wanted, strict=True
+        ):
+            assert got.shape == ref.shape
+            errors[what] = float((got.float() - ref).norm() / ref.norm()) if ref.numel() else 0.0
+        outcome[name] = errors
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def backwards() -> list[dict[str, dict[str, float]]]:
+    return run_ranks(backward_main, 2, timeout=300)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_gradients(backwards: list[dict[str, dict[str, float]]], name: str) -> None:
+    bound = 2e-3 if LAYERS[name][-1] == torch.float16 else 1.2e-2
+    for outcome in backwards:
+        assert max(outcome[name].values()) < bound, outcome[name]
 
 
 def graph_main(rank: int, num_ranks: int) -> list[float]:

@@ -26,7 +26,15 @@ CALLS = ((7, 5), (5, 7), (3, 0), (0, 0), (90, 70), (5, 9))
 
 def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
     """Put files in the place of symmetric memory and a small plan in the place of the planned."""
-    from comet_compile.kernels import fused, fused_exchange, links, paths, plan, workspace
+    from comet_compile.kernels import (
+        exchange_call,
+        exchange_plan,
+        fused,
+        links,
+        paths,
+        plan,
+        workspace,
+    )
 
     class FileWorkspace(workspace.Workspace):
         def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -53,24 +61,24 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
 
     tiles = plan.GemmTiles(16, 16, 32, 4, 2, 2, num_programs=2)
     device = plan.Device(num_sms=2, shared_bytes=2**18, capability=(9, 0))
-    make_plan, make_call = fused_exchange.plan_exchange, fused_exchange._Call.__init__
+    make_plan, make_call = exchange_plan.plan_exchange, exchange_call.ExchangeCall.__init__
 
     def one_fetcher(*args: Any) -> Any:
         # programs run one after another: the second would wait for tokens that the third fetches
         return dataclasses.replace(make_plan(*args), num_fetchers=1)
 
     def without_clock(self: Any, *args: Any, **kwargs: Any) -> None:
-        make_call(self, *args, **kwargs, clock=False)
+        make_call(self, *args, **{**kwargs, "clock": False})
         self.waits = (self.workspace.abort, self.workspace.message, 10**9)
 
     def choose(*args: Any, **kwargs: Any) -> plan.Plan:
         return plan.Plan(tiles, tiles)
 
     here: Any
-    for here in (fused, fused_exchange):
+    for here in (fused, exchange_plan):
         here.choose_plan, here.read_device = choose, lambda index: device
-    fused_exchange.plan_exchange = one_fetcher
-    here = fused_exchange._Call
+    exchange_plan.plan_exchange = one_fetcher
+    here = exchange_call.ExchangeCall
     here.__init__ = without_clock
     here = fused
     here.why_not = lambda *args: None
@@ -81,6 +89,53 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
     here = links
     here._offer = lambda device: {"machine": "", "gpu": rank, "capability": [9, 0], "sms": 2}
     return workspace
+
+
+def backward_main(rank: int, num_ranks: int, folder: str) -> tuple[list[float], list[int]]:
+    """Return the errors of d_x, d_weights and d_w_in, and the calls of each workspace."""
+    from comet_compile.kernels import ops  # noqa: F401, registers the ops
+    from comet_compile.kernels.refs import moe_layer_backward_ref
+
+    workspace = use_interpreter(rank, folder, can_map=True)
+    torch.manual_seed(3)
+    experts, counts = LOCAL * num_ranks, (7, 5)
+    w_in = (torch.randn(experts, 2 * INTER, HIDDEN) * HIDDEN**-0.5).half().transpose(1, 2)
+    w_out = (torch.randn(experts, HIDDEN, INTER) * INTER**-0.5).half().transpose(1, 2)
+    x = torch.randn(sum(counts), HIDDEN).half()
+    weights, ids = torch.randn(sum(counts), experts).softmax(-1).topk(TOP_K, -1)
+    grad_y = torch.randn(sum(counts), HIDDEN).half()
+    refs = moe_layer_backward_ref(
+        grad_y, x, ids, weights, w_in, None, w_out, activation="silu_glu", weight_place="after"
+    )
+    first = sum(counts[:rank])
+    tokens = slice(first, first + counts[rank])
+    mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    errors = []
+    for _ in range(2):
+        grads = torch.ops.comet.moe_layer_backward(
+            grad_y[tokens],
+            x[tokens],
+            ids[tokens],
+            weights[tokens],
+            w_in[mine],
+            None,
+            w_out[mine],
+            *[None] * 3,
+            x.new_empty(0),
+            None,
+            activation="silu_glu",
+            weight_place="after",
+            product_dtype=torch.float32,
+            form="all_to_all",
+            group_name=dist.group.WORLD.group_name,
+            needs=[True] * 8,
+        )
+        wanted = (refs[0][tokens], refs[1][tokens], refs[2][mine])
+        errors += [
+            float((got.float() - ref).norm() / ref.norm())
+            for got, ref in zip(grads, wanted, strict=False)
+        ]
+    return errors, [int(ws.epoch) for ws in workspace._workspaces[dist.group.WORLD]]
 
 
 def rank_main(
@@ -162,6 +217,12 @@ def test_a_layer_that_would_need_too_much_memory_runs_in_rounds(folder: str) -> 
         assert max(errors) < 2e-3
         # 90 tokens go in two rounds, in the memory that fewer tokens take
         assert epochs == [0, len(CALLS) + 1]
+
+
+def test_gradients_between_two_processes(folder: str) -> None:
+    for errors, epochs in run_ranks(backward_main, 2, folder, timeout=240):
+        assert max(errors) < 4e-3
+        assert epochs == [0, 2]
 
 
 def test_one_rank_that_cannot_map_its_peer_makes_all_portable(folder: str) -> None:

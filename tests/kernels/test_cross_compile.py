@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from cross_compile import Compiled, compiling_for
 from exchange_ranks import LocalWorkspace
 
-from comet_compile.kernels import fused, fused_backward, fused_exchange
+from comet_compile.kernels import exchange_call, exchange_plan, fused, fused_backward
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
 from comet_compile.kernels.plan import Device, Plan, choose_plan
@@ -232,11 +232,11 @@ def compile_exchange(capability: int, model: Model, num_tokens: int) -> list[Com
     """Compile what a rank of two launches for at most `num_tokens` tokens."""
     layer = Layer.of(model, num_tokens, num_ranks=2, biases=model.biases)
     args = layer.params, layer.math
-    capacity = fused_exchange.capacity_for([num_tokens])
-    plan = fused_exchange.plan_exchange(*args, model.top_k, capacity, 2, 0)
+    capacity = exchange_plan.capacity_for([num_tokens])
+    plan = exchange_plan.plan_exchange(*args, model.top_k, capacity, 2, 0)
     layout = Layout.of(capacity, model.top_k, model.hidden, 2, 2)
     workspace = LocalWorkspace(layout.num_bytes, 0, 2, "meta")
-    call = fused_exchange._Call(layer.routed, *args, plan, workspace, 60.0)
+    call = exchange_call.ExchangeCall(layer.routed, *args, plan, workspace, 60.0)
     with compiling_for(capability) as compiled:
         call.publish()
         call.receive()
@@ -332,7 +332,8 @@ def test_row_sums_of_the_backward_compile_without_a_spill_on_sm_80(name: str) ->
 def test_exchange_compiles_without_a_spill(
     capability: int, name: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_exchange, "read_device", lambda index: DEVICES[capability])
+    for module in (exchange_plan, exchange_call):
+        monkeypatch.setattr(module, "read_device", lambda index: DEVICES[capability])
     compiled = compile_exchange(capability, MODELS[name], num_tokens)
     gemms = ("dispatch_gemm_act", "gemm_combine")
     registers = EXCHANGE_REGISTERS[capability, name, num_tokens]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from comet_compile.errors import PeerTimeoutError
 from comet_compile.kernels import portable
-from comet_compile.kernels.fused_exchange import capacity_for
+from comet_compile.kernels.exchange_plan import capacity_for
 from comet_compile.kernels.refs import moe_layer_ref
 from comet_compile.kernels.route_tiles import (
     count_bins,

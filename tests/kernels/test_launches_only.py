@@ -24,7 +24,15 @@ from fused_layers import SMALL, math, params, routed, small_case, stored_pair
 from moe_cases import GRAD_NAMES, Case
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from comet_compile.kernels import fused, fused_backward, fused_exchange, launch, recording
+from comet_compile.kernels import (
+    exchange_call,
+    exchange_plan,
+    fused,
+    fused_backward,
+    fused_exchange,
+    launch,
+    recording,
+)
 from comet_compile.kernels.experts import Needs
 from comet_compile.kernels.packed_launch import UnknownLayoutError
 from comet_compile.kernels.plan import Device
@@ -134,11 +142,12 @@ def test_backward(activation: str, weight_place: str, gathered: bool, with_weigh
 def test_exchange(
     separate_up: bool, weight_place: str, biases: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_exchange, "read_device", lambda index: H200)
+    for module in (exchange_plan, exchange_call):
+        monkeypatch.setattr(module, "read_device", lambda index: H200)
     case = small_case(separate_up=separate_up, weight_place=weight_place, biases=biases)
     (num_tokens, top_k), hidden = case.ids.shape, case.x.shape[1]
-    capacity = fused_exchange.capacity_for([num_tokens, 80])
-    plan = fused_exchange.plan_exchange(params(case), math(case), top_k, capacity, 2, 0)
+    capacity = exchange_plan.capacity_for([num_tokens, 80])
+    plan = exchange_plan.plan_exchange(params(case), math(case), top_k, capacity, 2, 0)
     layout = Layout.of(capacity, top_k, hidden, 2, case.x.element_size())
     workspace = LocalWorkspace(layout.num_bytes, 1, 2)
     y = torch.empty_like(case.x)

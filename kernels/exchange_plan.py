@@ -1,0 +1,102 @@
+"""How an exchange between ranks runs: its capacity, its tiles, and who travels when.
+
+Legend: T tokens, C capacity in tokens, A experts per token, P ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from comet_compile.kernels import layer0
+from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.launch import div_up, power_of_2
+from comet_compile.kernels.plan import Plan, choose_plan, read_device
+
+# Per second and CTA, with some to spare: 16 CTAs fetch rows of 4 KiB at 161 GB/s, the GEMMs run at
+# 600 TF on 132 multiprocessors (2 x H100, NVLink, 2026-11-22).
+_CTA_BYTES, _CTA_FLOPS = 8e9, 4.5e12
+_NUM_FETCHERS = 24
+# With 16 or 24 of 132 CTAs sending beside the tiles a layer took as long as with none (Qwen3-30B,
+# 8192 tokens, 1.40 ms and 1.38): what they send meanwhile, their tiles cost. All send at the end.
+_NUM_SENDERS = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangePlan:
+    """A plan for both GEMMs, and how the tokens travel."""
+
+    gemms: Plan
+    capacity: int  # C
+    num_fetchers: int  # CTAs of layer0 that fetch tokens
+    num_senders: int  # CTAs of layer1 that send sums before they run out of tiles
+    # parts of the tiles: own ones that layer0 computes first, and layer1 last
+    lead: tuple[float, float]
+    block_tokens: int = 64  # tokens of one arrival count
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for reports."""
+        facts = dataclasses.asdict(self)
+        return {**self.gemms.as_dict(), **{k: v for k, v in facts.items() if k != "gemms"}}
+
+
+def plan_exchange(
+    params: ExpertParams, math: LayerMath, top_k: int, capacity: int, num_ranks: int, index: int
+) -> ExchangePlan:
+    """Return the plan for calls of at most `capacity` tokens per rank, the same on all ranks."""
+    projection = layer0.view_in_projection(params, math.activation)
+    assert projection is not None, "checked by fused.why_not"
+    device = read_device(index)
+    gemms = choose_plan(
+        capacity * top_k,
+        params.num_experts,
+        params.w_in.shape[1],
+        params.w_out.shape[1],
+        gated=math.activation.gated,
+        wide=projection.mode != "halves" or projection.view.k_contiguous,
+        device=device,
+    )
+    hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
+    peers_bytes = (num_ranks - 1) * capacity * hidden * params.w_in.element_size()
+    flops = (4 if math.activation.gated else 2) * capacity * top_k * hidden * inter
+    num_fetchers = max(1, min(_NUM_FETCHERS, device.num_sms // 4))
+    lead0 = _part(peers_bytes / num_fetchers, flops / device.num_sms)
+    # own tiles for about two rounds: nobody then waits for the last of the others
+    num_jobs = capacity * top_k // gemms.block_m * div_up(hidden, gemms.layer1.block_n)
+    lead1 = min(0.25, 2 * device.num_sms / max(1, num_jobs))
+    return ExchangePlan(gemms, capacity, num_fetchers, _NUM_SENDERS, (lead0, lead1))
+
+
+def _part(bytes_of_a_cta: float, flops_of_a_cta: float) -> float:
+    """Return which part of a GEMM's time the transfer beside it takes."""
+    if flops_of_a_cta == 0:
+        return 0.0
+    return min(1.0, bytes_of_a_cta / _CTA_BYTES / (flops_of_a_cta / _CTA_FLOPS))
+
+
+def capacity_for(tokens: Sequence[int]) -> int:
+    """Return C for ranks of these numbers of tokens: the most of them, and up to an eighth more.
+
+    Rounded so that calls of similar sizes share a layout.
+    """
+    most = max(1, *tokens)
+    step = max(64, power_of_2(most) // 8)
+    return div_up(most, step) * step
+
+
+def row_bytes(
+    params: ExpertParams, capacity: int, top_k: int, num_ranks: int, *, backward: bool = False
+) -> int:
+    """Return the bytes of all rows, if all tokens chose this rank.
+
+    Forward: h and the experts' outputs. Backward: also the rows in front of the activation, their
+    gradients, and h times its weight.
+    """
+    slots = capacity * top_k * num_ranks
+    hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
+    columns = hidden + inter
+    if backward:
+        wide = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
+        columns += inter + 2 * wide
+    return slots * columns * params.w_in.element_size()

@@ -1,0 +1,155 @@
+"""The fused backward between ranks that are buffers of one process, in Triton's interpreter.
+
+As in `test_fused_exchange.py`: float16 only, and one stage of all ranks after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from exchange_ranks import Ranks
+from fused_layers import math, params, routed, stored_pair
+from moe_cases import GRAD_NAMES, Case
+from numerics import assert_matches_ref
+
+from comet_compile.kernels import fused_backward, portable
+from comet_compile.kernels.experts import Needs, weight_gradients
+from comet_compile.kernels.plan import GemmTiles
+from comet_compile.kernels.refs import moe_layer_backward_ref
+
+pytestmark = pytest.mark.usefixtures("interpreted", "_small_weight_tiles")
+
+
+@pytest.fixture
+def _small_weight_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients in several tiles, the last ones partial."""
+    monkeypatch.setattr(
+        fused_backward, "weight_tiles", lambda plan: GemmTiles(16, 32, 16, 4, 2, 8, 3)
+    )
+
+
+def joined(layers: Sequence[Case]) -> Case:
+    """All ranks' tokens as those of one device."""
+    first = layers[0]
+    return dataclasses.replace(
+        first,
+        x=torch.cat([layer.x for layer in layers]),
+        ids=torch.cat([layer.ids for layer in layers]),
+        weights=None
+        if first.weights is None
+        else torch.cat([layer.weights for layer in layers if layer.weights is not None]),
+        grad_y=torch.cat([layer.grad_y for layer in layers]),
+    )
+
+
+def check(ranks: Ranks, num_tokens: tuple[int, ...], seed: int = 0) -> list[dict[str, Tensor]]:
+    """Assert that every rank's gradients err at most as `numerics` allows; return them."""
+    layers = ranks.tokens(num_tokens, seed)
+    results = ranks.run_backward(layers)
+    whole = joined(layers)
+    wide = whole.to(torch.float64)
+    refs = moe_layer_backward_ref(
+        wide.grad_y, *wide.tensors(), activation=whole.activation, weight_place=whole.weight_place
+    )
+    args = routed(whole), params(whole), math(whole)
+    d_x, d_weights, part = portable.local_backward(whole.grad_y, args[0], None, *args[1:], Needs())
+    eagers = (d_x, d_weights, *weight_gradients([part], args[1], Needs()))
+    ends = torch.tensor((0, *num_tokens)).cumsum(0).tolist()
+    found = []
+    for rank, result in enumerate(results):
+        ranks.workspaces[rank].check()
+        tokens = slice(ends[rank], ends[rank + 1])
+        mine = slice(rank * ranks.num_experts, (rank + 1) * ranks.num_experts)
+        grads = {}
+        for name, grad, ref, eager in zip(GRAD_NAMES, result, refs, eagers, strict=True):
+            leaf = getattr(whole, name)
+            if leaf is None:
+                assert grad is None, name
+                continue
+            assert grad is not None
+            assert eager is not None
+            part_of = tokens if name in ("x", "weights") else mine
+            assert grad.dtype == leaf.dtype
+            assert_matches_ref(grad, ref[part_of], eager[part_of], what=f"d_{name}, rank {rank}")
+            grads[name] = grad
+        found.append(grads)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"),
+    [((11, 9), 2, 2), ((0, 14), 2, 1), ((9, 0, 16), 3, 3), ((5, 1, 6, 3), 1, 2)],
+    ids=str,
+)
+def test_numbers_of_tokens(num_tokens: tuple[int, ...], num_experts: int, top_k: int) -> None:
+    check(Ranks(len(num_tokens), num_experts=num_experts, top_k=top_k), num_tokens)
+
+
+def test_no_token_anywhere() -> None:
+    for grads in check(Ranks(2), (0, 0)):
+        assert all(not grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("weight_place", ["before", "between", "after"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_weight_places(weight_place: str, biases: bool) -> None:
+    check(Ranks(2, capacity=64, weight_place=weight_place, biases=biases), (40, 33))
+
+
+@pytest.mark.parametrize("weight_place", ["before", "after"])
+def test_no_routing_weights(weight_place: str) -> None:
+    check(Ranks(2, with_weights=False, weight_place=weight_place), (11, 9))
+
+
+@pytest.mark.parametrize("activation", ["swiglu_oai:interleaved:alpha=1.702:limit=1.5", "relu2"])
+@pytest.mark.parametrize("permuted", [False, True], ids=["n_contiguous", "k_contiguous"])
+def test_activations(activation: str, permuted: bool) -> None:
+    check(Ranks(2, activation=activation, permuted=permuted), (11, 9))
+
+
+@pytest.mark.parametrize("weight_place", ["before", "after"])
+@pytest.mark.parametrize("permuted", [False, True], ids=["n_contiguous", "k_contiguous"])
+@pytest.mark.parametrize("up_before", [False, True], ids=["in_memory_after", "in_memory_before"])
+def test_separate_up(up_before: bool, permuted: bool, weight_place: str) -> None:
+    ranks = Ranks(
+        2, capacity=64, separate_up=True, permuted=permuted, weight_place=weight_place, biases=True
+    )
+    ranks.whole = stored_pair(ranks.whole, up_before)
+    check(ranks, (40, 33))
+
+
+def test_calls_of_both_directions_follow_each_other() -> None:
+    ranks = Ranks(2)
+    first = check(ranks, (11, 9))
+    layers = ranks.tokens((11, 9))
+    ranks.run(layers)
+    check(ranks, (3, 16), 1)
+    ranks.run(layers)
+    for grads, again in zip(first, check(ranks, (11, 9)), strict=True):
+        for name, grad in grads.items():
+            assert torch.equal(grad, again[name]), name
+    for ws in ranks.workspaces:
+        assert int(ws.epoch) == 5
+        assert not any(int(counter) for counter in (ws.abort, ws.published, ws.summed, ws.scored))
+
+
+@pytest.mark.parametrize("asked", ["x", "weights", "w_in", "w_out"])
+def test_only_what_is_needed(asked: str) -> None:
+    ranks = Ranks(2, biases=True)
+    layers = ranks.tokens((11, 9))
+    every = ranks.run_backward(layers)
+    needs = Needs(**{name: name in ("x", asked) for name in GRAD_NAMES})
+    for all_grads, some in zip(every, ranks.run_backward(layers, needs), strict=True):
+        for name, grad, one in zip(GRAD_NAMES, all_grads, some, strict=True):
+            if name in ("x", asked):
+                assert one is not None
+                assert torch.equal(one, grad)
+            else:
+                assert one is None
