@@ -14,12 +14,14 @@ from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.launch import div_up, power_of_2
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
 
-# Per second and CTA, with some to spare: 16 CTAs fetch rows of 4 KiB at 161 GB/s, the GEMMs run at
-# 600 TF on 132 multiprocessors (2 x H100, NVLink, 2026-11-22).
+# What a CTA fetches and computes in a second, with some to spare, on an H100 with NVLink. Only the
+# ratio counts: how many own tiles fill the time in which the peers' tokens come.
 _CTA_BYTES, _CTA_FLOPS = 8e9, 4.5e12
 _NUM_FETCHERS = 24
-# With 16 or 24 of 132 CTAs sending beside the tiles a layer took as long as with none (Qwen3-30B,
-# 8192 tokens, 1.40 ms and 1.38): what they send meanwhile, their tiles cost. All send at the end.
+# CTAs that send beside the tiles lack more for tiles than they save: with 16 of 132, layer1 took
+# 0.50 ms instead of 0.46 (Qwen3-30B), 4.4 instead of 3.8 (DeepSeek-V3), 2.8 instead of 2.7
+# (Mixtral; 2 x H100, 8192 tokens a rank, benchmarks/results/kernels_ep_h100.json). So all send at
+# the end.
 _NUM_SENDERS = 0
 
 

@@ -9,8 +9,8 @@ A CTA that has computed its share of the tiles that peers wait for, and whose st
 (the copy engine's included), counts in `done` with a release; who sends has waited for all CTAs to
 do so, and acquires. That waiting ends: until then no CTA waits for anything.
 
-Tiles are shared out beforehand and not drawn from a counter: a draw takes a CTA a microsecond, and
-Triton lets the copy engine store a tile beside the next one's products in counted loops only.
+Tiles are shared out beforehand and not drawn from a counter: a draw holds up the CTA, and Triton
+lets the copy engine store a tile beside the next one's products in counted loops only.
 
 Legend: C capacity in tokens, A experts per token, P ranks, L local experts, R tile rows, M tiles, H
 model dim, I expert intermediate dim.

@@ -1,9 +1,9 @@
 """One kernel launch with its parameters packed for the CUDA driver, ready to go again.
 
 Triton looks at every argument of every launch, asks the driver about every pointer and encodes
-every descriptor anew: 28 us for one of the layer's kernels (2 x H100, torch 2.11, Triton 3.6,
-2026-11-25). Here the parameters of a launch that Triton has made once lie in memory as the driver
-wants them, and only what changed is written before the next one.
+every descriptor anew, which takes longer than many of the layer's kernels run. Here the parameters
+of a launch that Triton has made once lie in memory as the driver wants them, and only what changed
+is written before the next one.
 
 The layout of the parameters is Triton's: the arguments that are no constants, in order, a
 descriptor as the 128 bytes that the copy engine reads, its sizes and its strides; then two scratch

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-# In-projections that sum over so many K drift apart. Paced, layer0 of DeepSeek-V3 with 512 rows an
-# expert takes 6.6 ms instead of 12.3, of Qwen3-30B 0.65 instead of 0.67; out-projections would take
-# up to 4 % longer (H100, triton 3.6.0; benchmarks/results/kernels_h100.json).
+# In-projections that sum over so many K drift apart. Paced, a rank's layer0 takes 7.4 ms instead of
+# 13.0 (DeepSeek-V3), 0.73 instead of 0.77 (Qwen3-30B), 5.4 instead of 5.8 (Mixtral; 2 x H100, 8192
+# tokens a rank, triton 3.6.0, benchmarks/results/kernels_ep_h100.json).
 _PACED_K = 2048
 
 

@@ -308,8 +308,9 @@ def _one_thread() -> Iterator[None]:
     """Interpret with one thread of the processor.
 
     A proof is thousands of products of three columns. Shared out, each waits for all threads, and
-    with a process per GPU there are more of those than cores: a layer of 8192 tokens and 128
-    experts took 69 s to prove on two ranks of a machine with 32 cores.
+    with a process per GPU there are more of those than cores: the first run of a layer of 8192
+    tokens and 128 experts on two GPUs of a machine with 32 cores took 69 s, now 31
+    (benchmarks/results/ep_h100.json, ep_qwen3_h100.json, first_run_s).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -21,6 +21,7 @@ from exchange_ranks import LocalWorkspace
 from comet_compile.kernels import exchange_call, exchange_plan, fused, fused_backward
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
+from comet_compile.kernels.fused_exchange import BackwardCall
 from comet_compile.kernels.plan import Device, Plan, choose_plan
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.workspace import Layout
@@ -244,6 +245,26 @@ def compile_exchange(capability: int, model: Model, num_tokens: int) -> list[Com
     return compiled
 
 
+def compile_exchange_backward(capability: int, model: Model, num_tokens: int) -> list[Compiled]:
+    """Compile what a rank of two launches for all gradients, gate and up in two tensors."""
+    layer = Layer.of(model, num_tokens, num_ranks=2, biases=False)
+    num_experts = layer.params.num_experts
+    pair = empty(2, num_experts, model.inter, model.hidden).transpose(2, 3)
+    params = dataclasses.replace(layer.params, w_in=pair[0], w_up=pair[1])
+    capacity = exchange_plan.capacity_for([num_tokens])
+    plan = exchange_plan.plan_exchange(params, layer.math, model.top_k, capacity, 2, 0)
+    layout = Layout.of(capacity, model.top_k, model.hidden, 2, 2, backward=True)
+    workspace = LocalWorkspace(layout.num_bytes, 0, 2, "meta")
+    grad_y = empty(num_tokens, model.hidden)
+    call = BackwardCall(grad_y, layer.routed, params, layer.math, Needs(), plan, workspace, 60.0)
+    with compiling_for(capability) as compiled:
+        call.publish()
+        call.receive()
+        call.compute()
+        call.finish()
+    return compiled
+
+
 def assert_within(
     compiled: list[Compiled], capability: int, ceilings: dict[str, int], spilled: dict[str, int]
 ) -> None:
@@ -346,6 +367,21 @@ def test_exchange_compiles_without_a_spill(
         {**REGISTERS_BY_KERNEL, **dict(zip(gemms, registers, strict=True))},
         {},
     )
+
+
+@pytest.mark.parametrize(("capability", "num_tokens"), [(90, 64), (90, 8192), (100, 8192)])
+def test_exchange_backward_compiles_without_a_spill(
+    capability: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (exchange_plan, exchange_call):
+        monkeypatch.setattr(module, "read_device", lambda index: DEVICES[capability])
+    compiled = compile_exchange_backward(capability, MODELS["qwen3_30b"], num_tokens)
+    names = [kernel.name.removesuffix("_kernel") for kernel in compiled]
+    assert {"push_scores", "sum_scores", "gemm_combine", "grad_hidden"} <= set(names)
+    for kernel in compiled:
+        name = kernel.name.removesuffix("_kernel")
+        assert kernel.spilled_bytes <= {**TABLES_BYTES, "grad_hidden": 8}.get(name, 0), kernel
+        assert kernel.shared_bytes <= DEVICES[capability].shared_bytes, kernel
 
 
 def test_targets_do_not_share_kernels() -> None:

@@ -24,9 +24,10 @@ from fused_layers import (
     tiles,
 )
 
-from comet_compile.kernels import fused
+from comet_compile.kernels import fused, layer0
 from comet_compile.kernels.activation import GATED_KINDS, PLAIN_KINDS
 from comet_compile.kernels.plan import Device, Plan, choose_plan
+from comet_compile.kernels.route_tiles import max_tiles, route_tiles
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -210,3 +211,26 @@ def test_an_expanded_token_row() -> None:
 def test_same_bits_every_time() -> None:
     case = small_case(num_tokens=40, biases=True)
     torch.testing.assert_close(check_fused(case), check_fused(case), rtol=0, atol=0)
+
+
+def test_tiles_that_keep_pace() -> None:
+    """In the interpreter nobody comes while a program waits: it goes on after some rounds."""
+    paced = dataclasses.replace(SMALL, layer0=dataclasses.replace(SMALL.layer0, paced=True))
+    case = small_case(num_tokens=70, num_experts=5)
+    assert torch.equal(check_fused(case, paced), check_fused(case))
+
+
+def test_every_tile_arrives_once_where_it_is_counted() -> None:
+    paced = dataclasses.replace(SMALL.layer0, paced=True)
+    case = small_case(num_tokens=70, num_experts=5)
+    inter, num_slots = case.w_out.shape[1], case.ids.numel()
+    num_arrivals = paced.num_arrivals(max_tiles(num_slots, 5, paced.block_m), inter)
+    routing = route_tiles(case.ids, 5, paced.block_m, num_arrivals)
+    assert routing.arrive.shape == (num_arrivals,)
+    assert not routing.arrive.any()
+    args = case.x, case.weights, routing, params(case), math(case), paced, case.ids.shape[1]
+    layer0.gather_gemm_act(*args)
+    num_tiles = int(routing.num_tiles) * -(-inter // paced.block_n)
+    full, rest = divmod(num_tiles, paced.group_m)
+    wanted = [paced.group_m] * full + [rest] * (rest > 0)
+    assert routing.arrive.tolist() == wanted + [0] * (num_arrivals - len(wanted))
