@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from comet_compile.passes.backward import GRADIENT_NAMES, Gradients
 from comet_compile.passes.emit import Emitter, getter, getters, refresh_values, same_shape
@@ -113,6 +114,7 @@ def replace(layer: Layer, gradients: Gradients | None, save: str, graph: fx.Grap
     region = set(layer.candidate.nodes) - set(layer.candidate.inputs)
     region |= descendants(region) & _waits(graph)
     forward, arguments = _emit_forward(layer, save if gradients else "nothing")
+    _keep_what_a_policy_keeps(forward, layer)
     y, saved = getters(forward, 2)
     backward = None
     if gradients is not None:
@@ -195,6 +197,23 @@ def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
         save=save,
     )
     return node, arguments
+
+
+def _keep_what_a_policy_keeps(forward: fx.Node, layer: Layer) -> None:
+    """Keep the op's results where a checkpoint's policy keeps a product or exchange of the region.
+
+    The output, whose tags the op has by now, is cheap to sum again from those; the op is not.
+    """
+    gemms = {gemm.node for gemm in (*layer.candidate.pair.ins, layer.candidate.pair.out)}
+    tags = {
+        node.meta.get("recompute")
+        for node in layer.candidate.nodes
+        if node in gemms or (is_collective(node) and is_float(node))
+    }
+    for tag in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
+        if tag in tags:
+            forward.meta["recompute"] = tag
+            return
 
 
 def _options(layer: Layer) -> dict[str, Any]:
