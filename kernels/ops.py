@@ -164,7 +164,8 @@ def _moe_layer_backward(
     checked = check_again(layer, activation, weight_place, product_dtype, form, group_name)
     routed, params, math = layer.routed, layer.params, checked.math
     wanted = _read_needs(needs)
-    group, offers = None, []
+    group: dist.ProcessGroup | None = None
+    offers: list[Any] = []
     if form != "local":
         facts = {"grad_dtype": grad_y.dtype, "needs": wanted}
         offer = paths.why_portable_here(routed, params, math, checked.number)
