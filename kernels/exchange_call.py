@@ -301,7 +301,6 @@ class ExchangeCall:
             bias_LH,
             0 if bias_LH is None else bias_LH.stride(0),
             self.order.tile_2M[1],
-            self.order.turn_2M[1],
             self.order.lead_2[1:],
             routing.row_S,
             weights_S,

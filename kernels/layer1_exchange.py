@@ -39,7 +39,6 @@ def gemm_combine_kernel(
     bias_ptr,  # [L, H], experts stride_bias apart, or None
     stride_bias,
     tile_M_ptr,
-    turn_M_ptr,
     lead_ptr,  # [1] int32, tiles that may come after the sending has begun
     row_S_ptr,
     weights_S_ptr,  # [P * C * A] or None

@@ -107,7 +107,7 @@ def keep_pace(arrive_ptr, index, num_tiles, GROUP_M: tl.constexpr, patience, fir
 
     They multiply with the same matrix. Begun together, they read a box of it from memory once, all
     but the first from L2; a few boxes apart, each reads it for itself, the memory becomes the limit
-    and nothing brings them together again. This is a hint, not a barrier: who has waited some 14 us
+    and nothing brings them together again. This is a hint, not a barrier: who has looked 20 times
     goes on, and who has done so in vain PATIENCE times in a row (another kernel may hold the
     multiprocessors that the others need) goes on at once until it finds all others begun. Returns
     the patience left.
