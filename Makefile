@@ -30,7 +30,7 @@ READY := $(VENV)/.ready
 PY := $(abspath $(VENV))/bin/python
 endif
 
-.PHONY: help demo test cross-compile coverage browser lint format types wheel package clean current-env
+.PHONY: help demo test cross-compile sanitize coverage browser lint format types wheel package clean current-env
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,13 @@ cross-compile: $(READY) ## Compile the kernels for GPUs that are not here, with 
 	export PYTHONPATH=$(CURDIR)/$(OLD_TRITON_DIR) OMP_NUM_THREADS=1; \
 	  $(PY) -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
 	  $(PY) -m pytest tests/kernels/test_cross_compile.py $(PYTEST_ARGS)
+
+sanitize: $(READY) ## Run the fused kernels under NVIDIA's compute-sanitizer (needs a GPU)
+	@# without torch's cache of memory, an access outside a tensor is one outside all tensors
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(PY) -m pytest tests/kernels/test_sanitized_gpu.py $(PYTEST_ARGS); \
+	done
 
 coverage: $(READY) ## Run the CPU test suite and report what it covers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_WORKERS) -m "not gpu and not multigpu" --cov $(PYTEST_ARGS)

@@ -1,8 +1,8 @@
-"""The ranks of a fused exchange as buffers of one process, stage by stage, in the interpreter.
+"""The ranks of a fused exchange as buffers of one process, stage by stage.
 
-A rank's kernels read its peers' memory by address, so in one process any buffer will do for
-symmetric memory. All ranks run one stage before any runs the next: no wait is ever in vain, unless
-a rank is left out on purpose.
+In the interpreter, or on one GPU. A rank's kernels read its peers' memory by address, so in one
+process any buffer will do for symmetric memory. All ranks run one stage before any runs the next:
+no wait is ever in vain, unless a rank is left out on purpose.
 
 Legend: T tokens, C capacity in tokens, A experts per token, P ranks, L local experts, H model dim.
 """
@@ -39,13 +39,15 @@ class LocalWorkspace(Workspace):
         self.buffer = torch.full((num_bytes,), NAN_BYTE, dtype=torch.uint8, device=device)
         self.buffer[:_FLAGS_BYTES].zero_()
         self.make_counters(device)
-        self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32)
+        pinned = device != "cpu"
+        self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32, pin_memory=pinned)
         self.peers = 2**40  # an address; `connect` sets a true one
 
     @staticmethod
     def connect(workspaces: Sequence[LocalWorkspace]) -> Tensor:
         """Let the ranks find each other; return the table of addresses, to be kept alive."""
-        table = torch.tensor([ws.buffer.data_ptr() for ws in workspaces])
+        addresses = [ws.buffer.data_ptr() for ws in workspaces]
+        table = torch.tensor(addresses, device=workspaces[0].buffer.device)
         for ws in workspaces:
             ws.peers = table.data_ptr()
         return table
@@ -63,9 +65,13 @@ class Ranks:
         top_k: int = 2,
         block_tokens: int = 4,
         lead: tuple[float, float] = (0.3, 0.3),
+        device: str = "cpu",
         **layer: object,
     ) -> None:
-        whole = small_case(num_tokens=1, num_experts=num_ranks * num_experts, top_k=top_k, **layer)
+        whole = small_case(
+            num_tokens=1, num_experts=num_ranks * num_experts, top_k=top_k, **layer
+        ).on(device)
+        self.device = device
         self.whole, self.num_experts, self.num_ranks = whole, num_experts, num_ranks
         # one fetcher: the interpreter runs one program after the other, and none may wait for a
         # later one
@@ -74,7 +80,8 @@ class Ranks:
             capacity, top_k, whole.x.shape[1], num_ranks, whole.x.element_size(), backward=True
         )
         self.workspaces = [
-            LocalWorkspace(self.layout.num_bytes, rank, num_ranks) for rank in range(num_ranks)
+            LocalWorkspace(self.layout.num_bytes, rank, num_ranks, device)
+            for rank in range(num_ranks)
         ]
         self._table = LocalWorkspace.connect(self.workspaces)
 
@@ -89,7 +96,8 @@ class Ranks:
                 num_experts=self.whole.w_in.shape[0],
                 hidden=self.whole.x.shape[1],
                 with_weights=self.whole.weights is not None,
-            )
+                dtype=self.whole.x.dtype,
+            ).on(self.device)
             num_experts = self.whole.w_in.shape[0]
             ids, weights = random.ids, random.weights
             if strays and count:
@@ -114,8 +122,8 @@ class Ranks:
                 math(layer),
                 self.plan,
                 self.workspaces[rank],
-                deadline=0.0,
-                clock=False,
+                deadline=5.0,
+                clock=self.device != "cpu",
             )
             for rank, layer in enumerate(layers)
         ]
@@ -151,8 +159,8 @@ class Ranks:
                 needs or Needs(),
                 self.plan,
                 self.workspaces[rank],
-                deadline=0.0,
-                clock=False,
+                deadline=5.0,
+                clock=self.device != "cpu",
             )
             for rank, layer in enumerate(layers)
         ]
@@ -167,7 +175,7 @@ def finish(calls: Sequence[ExchangeCall]) -> list[Tensor]:
     rows = [call.combine(call.compute_hidden()) for call in calls]
     results = []
     for call, rows_RH in zip(calls, rows, strict=True):
-        y = torch.full((call.num_tokens, call.hidden), float("nan"), dtype=call.x.dtype)
+        y = call.x.new_full((call.num_tokens, call.hidden), float("nan"))
         call.sum_own(rows_RH, y)
         results.append(y)
     return results
