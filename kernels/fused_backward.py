@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comet_compile.kernels import grad_params, grad_routing, layer1, layer_backward
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
-from comet_compile.kernels.plan import GemmTiles, Plan
+from comet_compile.kernels.plan import Plan
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.route_tiles import TileRouting, max_tiles, route_tiles
 
@@ -31,8 +31,6 @@ def local_backward(
     math: LayerMath,
     needs: Needs,
     plan: Plan,
-    *,
-    gathered: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
@@ -55,7 +53,7 @@ def local_backward(
         math=math,
         needs=needs,
         plan=plan,
-        gathered=gathers(plan) if gathered is None else gathered,
+        gathered=plan.gathers,
     )
     grads = call.gather(call.grad_TH) if call.gathered else call.grad_TH
     d_pre_RN, wh_RI, d_w = layer_backward.grad_hidden(
@@ -65,7 +63,7 @@ def local_backward(
         call.routing,
         params,
         math,
-        hidden_tiles(plan),
+        plan.grad_hidden,
         call.top_k,
         gathered=call.gathered,
         arrive=call.routing.arrive,
@@ -76,40 +74,10 @@ def local_backward(
     return d_x, d_weights, *matrices, *call.grad_biases(d_pre_RN, grads)
 
 
-def gathers(plan: Plan) -> bool:
-    """Whether tokens are brought into the experts' order once, and not row by row in each GEMM."""
-    return False
-
-
-def hidden_tiles(plan: Plan) -> GemmTiles:
-    """Return the tiling of grad_hidden: narrower than layer1's, for its epilogue's registers."""
-    block_n = max(64, min(128, plan.layer1.block_n))
-    stages = plan.layer1.num_stages + (1 if block_n < plan.layer1.block_n else 0)
-    return dataclasses.replace(
-        plan.layer1, block_n=block_n, num_stages=stages, paced=plan.layer0.paced
-    )
-
-
 def num_arrivals(num_slots: int, params: ExpertParams, plan: Plan) -> int:
-    """Return how many counters `hidden_tiles` take for so many slots."""
+    """Return how many counters grad_hidden takes for so many slots."""
     num_tiles = max_tiles(num_slots, params.num_experts, plan.block_m)
-    return hidden_tiles(plan).num_arrivals(num_tiles, params.w_out.shape[1])
-
-
-def weight_tiles(plan: Plan) -> GemmTiles:
-    """Return the tiling of the weight gradients, whatever the rows' tiles are.
-
-    Two programs of four warps share a multiprocessor: one loads while the other multiplies.
-    """
-    return dataclasses.replace(
-        plan.layer1,
-        block_m=128,
-        block_n=128,
-        block_k=64,
-        num_warps=4,
-        num_stages=3,
-        num_programs=2 * plan.num_sms,
-    )
+    return plan.grad_hidden.num_arrivals(num_tiles, params.w_out.shape[1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,7 +215,7 @@ class Call:
             rows,
             out.transpose(1, 2) if swap else out,
             self.routing,
-            weight_tiles(self.plan),
+            self.plan.grad_weight,
             self.top_k,
             gathered=gathered,
         )

@@ -121,7 +121,7 @@ class BackwardCall(ExchangeCall):
             math=self.math,
             needs=self.needs,
             plan=plan,
-            gathered=False,
+            gathered=plan.gathers,
         )
         d_pre_RN, wh_RI, d_w_PR = layer_backward.grad_hidden(
             local.grad_TH,
@@ -130,7 +130,7 @@ class BackwardCall(ExchangeCall):
             self.routing,
             params,
             self.math,
-            fused_backward.hidden_tiles(plan),
+            plan.grad_hidden,
             self.top_k,
             arrive=self.more_arrive,
         )

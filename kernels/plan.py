@@ -49,10 +49,18 @@ class GemmTiles:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The tilings of both launches. They share `block_m`: the rows are laid out for it."""
+    """The tilings of the GEMMs of both directions.
+
+    Those over rows share `block_m`, which the rows are laid out for. The gradients of tokens are
+    multiplied as in `layer1`.
+    """
 
     layer0: GemmTiles
     layer1: GemmTiles
+    grad_hidden: GemmTiles
+    grad_weight: GemmTiles
+    # the backward brings tokens and gradients into the experts' order once, in front of its GEMMs
+    gathers: bool = False
 
     @property
     def block_m(self) -> int:
@@ -121,7 +129,30 @@ def choose_plan(
         layer0 = dataclasses.replace(
             layer0, num_stages=_stages(block_m, 2 * layer0.block_n, layer0, device)
         )
-    return Plan(layer0, layer1)
+    return Plan(layer0, layer1, _grad_hidden(layer0, layer1), _grad_weight(layer1, device))
+
+
+def _grad_hidden(layer0: GemmTiles, layer1: GemmTiles) -> GemmTiles:
+    """Narrower than layer1's, for its epilogue's registers."""
+    block_n = max(64, min(128, layer1.block_n))
+    stages = layer1.num_stages + (1 if block_n < layer1.block_n else 0)
+    return dataclasses.replace(layer1, block_n=block_n, num_stages=stages, paced=layer0.paced)
+
+
+def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
+    """The same whatever the rows' tiles are.
+
+    Two programs of four warps share a multiprocessor: one loads while the other multiplies.
+    """
+    return dataclasses.replace(
+        layer1,
+        block_m=128,
+        block_n=128,
+        block_k=64,
+        num_warps=4,
+        num_stages=3,
+        num_programs=2 * device.num_sms,
+    )
 
 
 def _tiles(

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from fused_layers import math, params, routed, small_case, tiles
+from fused_layers import math, params, routed, small_case, small_plan, tiles
 from moe_cases import Case
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from comet_compile.kernels.exchange_call import ExchangeCall
 from comet_compile.kernels.exchange_plan import ExchangePlan
 from comet_compile.kernels.experts import Needs
 from comet_compile.kernels.fused_exchange import BackwardCall
-from comet_compile.kernels.plan import Plan
 from comet_compile.kernels.route_tiles import TileRouting
 from comet_compile.kernels.sync import MESSAGE_FIELDS
 from comet_compile.kernels.workspace import _FLAGS_BYTES, Layout, Workspace
@@ -75,7 +74,7 @@ class Ranks:
         self.whole, self.num_experts, self.num_ranks = whole, num_experts, num_ranks
         # one fetcher: the interpreter runs one program after the other, and none may wait for a
         # later one
-        self.plan = ExchangePlan(Plan(TILES, TILES), capacity, 1, 1, lead, block_tokens)
+        self.plan = ExchangePlan(small_plan(TILES, TILES), capacity, 1, 1, lead, block_tokens)
         self.layout = Layout.of(
             capacity, top_k, whole.x.shape[1], num_ranks, whole.x.element_size(), backward=True
         )

@@ -49,7 +49,23 @@ def tiles(block_m: int, block_n: int, block_k: int, num_programs: int = 3) -> Ge
     return GemmTiles(block_m, block_n, block_k, 4, 2, 2, num_programs)
 
 
-SMALL = Plan(tiles(16, 16, 32), tiles(16, 32, 16))
+# Weight gradients in several tiles, the last ones partial.
+SMALL_WEIGHTS = GemmTiles(16, 32, 16, 4, 2, 8, 3)
+
+
+def small_plan(
+    layer0: GemmTiles,
+    layer1: GemmTiles,
+    *,
+    grad_weight: GemmTiles = SMALL_WEIGHTS,
+    gathers: bool = False,
+) -> Plan:
+    """A plan whose grad_hidden is tiled as layer1, in columns that its epilogue can quarter."""
+    grad_hidden = dataclasses.replace(layer1, block_n=64)
+    return Plan(layer0, layer1, grad_hidden, grad_weight, gathers)
+
+
+SMALL = small_plan(tiles(16, 16, 32), tiles(16, 32, 16))
 
 
 def routed(case: Case) -> Routed:

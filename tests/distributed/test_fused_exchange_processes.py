@@ -72,7 +72,7 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
         self.waits = (self.workspace.abort, self.workspace.message, 10**9)
 
     def choose(*args: Any, **kwargs: Any) -> plan.Plan:
-        return plan.Plan(tiles, tiles)
+        return plan.Plan(tiles, tiles, dataclasses.replace(tiles, block_n=64), tiles)
 
     here: Any
     for here in (fused, exchange_plan):

@@ -20,6 +20,7 @@ from fused_layers import (
     params,
     routed,
     small_case,
+    small_plan,
     stored_pair,
     tiles,
 )
@@ -102,7 +103,7 @@ def test_token_counts(num_tokens: int, num_experts: int) -> None:
 
 
 def test_a_token_row_summed_in_two_blocks() -> None:
-    plan = Plan(tiles(16, 16, 512), tiles(16, 512, 16))
+    plan = small_plan(tiles(16, 16, 512), tiles(16, 512, 16))
     check_fused(small_case(num_tokens=5, hidden=2056, permuted=True), plan)
 
 
@@ -160,9 +161,11 @@ def test_a_nan_goes_through_every_activation(activation: str) -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(tiles(16, 16, 64), tiles(16, 16, 64)),  # one step of K
-        Plan(tiles(32, 64, 16, num_programs=1), tiles(32, 64, 32, num_programs=1)),
-        Plan(tiles(16, 32, 16, num_programs=50), tiles(16, 16, 16, num_programs=50)),  # idle ones
+        small_plan(tiles(16, 16, 64), tiles(16, 16, 64)),  # one step of K
+        small_plan(tiles(32, 64, 16, num_programs=1), tiles(32, 64, 32, num_programs=1)),
+        small_plan(
+            tiles(16, 32, 16, num_programs=50), tiles(16, 16, 16, num_programs=50)
+        ),  # idle ones
     ],
     ids=["wide_k", "one_program", "more_programs_than_tiles"],
 )

@@ -81,12 +81,13 @@ def record(
     return Recording(noted, inputs, constants, results)
 
 
-def record_backward(case: Case, needs: Needs | None = None, **options: bool) -> Recording:
+def record_backward(case: Case, needs: Needs | None = None, gathers: bool = False) -> Recording:
     columns = case.w_in.shape[2] + (0 if case.w_up is None else case.w_up.shape[2])
     saved = torch.empty(case.ids.numel(), columns, dtype=case.x.dtype)
-    args = params(case), math(case), needs or Needs(), SMALL
+    plan = dataclasses.replace(SMALL, gathers=gathers)
+    args = params(case), math(case), needs or Needs(), plan
     return record(
-        lambda: fused_backward.local_backward(case.grad_y, routed(case), saved, *args, **options),
+        lambda: fused_backward.local_backward(case.grad_y, routed(case), saved, *args),
         *(case.grad_y, saved, *case.tensors()),
     )
 
@@ -128,12 +129,12 @@ def test_backward_with_a_separate_up_for_any_needs(
 
 @pytest.mark.parametrize("weight_place", ["before", "between", "after"])
 @pytest.mark.parametrize("activation", ["silu_glu", "silu_glu:interleaved", "relu2"])
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("with_weights", [False, True])
-def test_backward(activation: str, weight_place: str, gathered: bool, with_weights: bool) -> None:
+def test_backward(activation: str, weight_place: str, gathers: bool, with_weights: bool) -> None:
     options = {"activation": activation, "weight_place": weight_place}
     case = small_case(num_tokens=300, biases=True, with_weights=with_weights, **options)
-    record_backward(case, gathered=gathered)
+    record_backward(case, gathers=gathers)
 
 
 @pytest.mark.parametrize("biases", [False, True])
