@@ -8,8 +8,8 @@ which says for given tensors how a layer will run. `refs` is what the ops mean.
   (`layer_backward`, `grad_routing`, `grad_params`), with `plan`, `expert_weights`, `epilogue`,
   `launch`;
 - GPUs of one machine: `fused_exchange`, made of the stages of `exchange_call`
-  (`exchange_kernels`, `layer0_exchange`, `layer1_exchange`), with `exchange_plan`, `workspace`,
-  `sync`, `links`, `board`;
+  (`exchange_kernels`, `layer0_exchange`, `layer1_exchange`, `exchange_sums`), with `tile_order`,
+  `exchange_plan`, `workspace`, `sync`, `links`, `board`;
 - a fused call of a kind that ran before: `recording`, which launches it again through
   `packed_launch`, without the Python of the modules above;
 - `agreement` keeps ranks from running different plans.

@@ -20,9 +20,9 @@ from comet_compile.kernels import layer0
 from comet_compile.kernels.exchange_kernels import (
     publish_tokens_kernel,
     receive_routing_kernel,
-    sum_own_kernel,
 )
 from comet_compile.kernels.exchange_plan import ExchangePlan
+from comet_compile.kernels.exchange_sums import sum_own_kernel
 from comet_compile.kernels.expert_weights import view_weight
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.fused import with_dense_biases
@@ -36,10 +36,10 @@ from comet_compile.kernels.route_tiles import (
     count_bins,
     empty_routing,
     max_tiles,
-    order_by_turn,
     place_slots,
     slots_per_block,
 )
+from comet_compile.kernels.tile_order import order_by_turn
 from comet_compile.kernels.workspace import Layout, Workspace
 
 

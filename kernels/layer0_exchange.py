@@ -2,7 +2,7 @@
 
 The first `num_fetchers` CTAs bring in tokens, turn by turn. Meanwhile the others compute the tiles
 that lead, of own tokens; the rest is shared out to all, expert by expert, so that an expert's
-matrices are read once (`route_tiles.order_by_turn`, whose lead is to last as long as the fetching).
+matrices are read once (`tile_order.order_by_turn`, whose lead is to last as long as the fetching).
 
 A tile's waiting ends: fetchers have the lowest program ids, so they run when anyone runs, and they
 wait for nobody (that the peers have published their tokens was waited for before the launch).

@@ -1,6 +1,6 @@
 """layer1 between ranks: multiply, and send every peer the sums of its tokens, in one launch.
 
-Tiles are computed in layer1's order of `route_tiles.order_by_turn`, from its end backwards: expert
+Tiles are computed in layer1's order of `tile_order.order_by_turn`, from its end backwards: expert
 by expert, and last some tiles of this rank's own tokens. When only those are left, the first
 `num_senders` CTAs turn to sending; the others compute them, then help to send. So sums travel while
 tiles are computed, and what of the sending is left at the end is done by all.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from comet_compile.kernels.exchange_kernels import push_sums
+from comet_compile.kernels.exchange_sums import push_sums
 from comet_compile.kernels.layer0 import tile_in_parts
 from comet_compile.kernels.layer1 import multiply_tile
 from comet_compile.kernels.sync import count_in, finish_bulk_stores

@@ -26,9 +26,9 @@ from comet_compile.kernels.refs import moe_layer_ref
 from comet_compile.kernels.route_tiles import (
     count_bins,
     empty_routing,
-    order_by_turn,
     place_slots,
 )
+from comet_compile.kernels.tile_order import order_by_turn
 from comet_compile.kernels.workspace import _FLAGS_BYTES, _MAX_RANKS, Layout, Workspace
 
 pytestmark = pytest.mark.usefixtures("interpreted")
