@@ -1,4 +1,4 @@
-"""Run a function in N processes of this machine that form a group, with a deadline."""
+"""Run functions in N processes of this machine that form a group, with a deadline."""
 
 from __future__ import annotations
 
@@ -32,30 +32,74 @@ def run_ranks(
     the rank's GPU is the current one. The first failure of a rank, or the deadline, ends all of
     them and raises.
     """
-    context = mp.get_context("spawn")
-    # By file: the name that pytest's importlib mode gives a test module cannot be imported.
-    address = (fn.__module__, fn.__code__.co_filename, fn.__qualname__)
-    results: Any = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        store_path = os.path.join(folder, "store")
-        processes = [
-            context.Process(
-                target=_rank_main,
-                args=(rank, world_size, backend, store_path, timeout, results, address, args),
-                daemon=True,
-            )
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+    with RankPool(world_size, timeout=timeout, backend=backend) as pool:
+        return pool.run(fn, *args)
+
+
+class RankPool:
+    """Processes that run one function after another, each as `run_ranks` does.
+
+    They start with the first function, which takes seconds. After one that failed or took too long
+    others take their place: no function meets what another left half done.
+    """
+
+    def __init__(self, world_size: int, *, timeout: float = 120.0, backend: str = "gloo") -> None:
+        self.world_size, self.timeout, self.backend = world_size, timeout, backend
+        self._context = mp.get_context("spawn")
+        self._processes: list[Any] = []
+        self._commands: list[Any] = []
+        self._results: Any = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return [fn(rank, world_size, *args) for every rank]."""
+        if not self._processes:
+            self._start()
+        # By file: the name that pytest's importlib mode gives a test module cannot be imported.
+        address = (fn.__module__, fn.__code__.co_filename, fn.__qualname__)
         try:
-            return _collect(processes, results, timeout, getattr(fn, "__name__", str(fn)))
-        finally:
-            for process in processes:
-                process.join(timeout=5.0)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+            for commands in self._commands:
+                commands.send((address, args))
+            name = getattr(fn, "__name__", str(fn))
+            return _collect(self._processes, self._results, self.timeout, name)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes; the next function starts new ones."""
+        for commands in self._commands:
+            commands.close()
+        for process in self._processes:
+            process.join(timeout=5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._processes, self._commands, self._folder = [], [], None
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        store_path = os.path.join(self._folder.name, "store")
+        self._results = self._context.Queue()
+        for rank in range(self.world_size):
+            # a pipe, which ends with the process that writes: a queue would be waited for forever
+            theirs, ours = self._context.Pipe(duplex=False)
+            group = (rank, self.world_size, self.backend, store_path, self.timeout)
+            process = self._context.Process(
+                target=_rank_main, args=(*group, theirs, self._results), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._commands.append(ours)
 
 
 def _collect(processes: list[Any], results: Any, timeout: float, name: str) -> list[Any]:
@@ -105,13 +149,11 @@ def _rank_main(
     backend: str,
     store_path: str,
     timeout: float,
+    commands: Any,
     results: Any,
-    address: tuple[str, str, str],
-    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
-        fn = _load(*address)
         if backend == "nccl":
             torch.cuda.set_device(rank)
         store = dist.FileStore(store_path, world_size)
@@ -122,15 +164,24 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
-        value = fn(rank, world_size, *args)
-        dist.barrier()
+        while (command := _next(commands)) is not None:
+            address, args = command
+            value = _load(*address)(rank, world_size, *args)
+            dist.barrier()
+            # As bytes: a tensor would travel as a file descriptor that dies with this process.
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            results.put((rank, True, buffer.getvalue()))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         raise SystemExit(0) from None
-    # As bytes: a tensor would travel as a file descriptor that dies with this process.
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    results.put((rank, True, buffer.getvalue()))
     results.close()
     results.join_thread()
     dist.destroy_process_group()
+
+
+def _next(commands: Any) -> Any:
+    try:
+        return commands.recv()
+    except EOFError:
+        return None

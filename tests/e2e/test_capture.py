@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from distributed.gloo import run_ranks
+from distributed.gloo import RankPool
 from functorch.compile import make_boxed_func
 from torch._dynamo import convert_frame
 from torch._dynamo.backends.common import aot_autograd
@@ -339,8 +339,8 @@ def _dropless_layer(rank: int, world_size: int, layer_class: type) -> dict[str, 
 
 
 @pytest.mark.parametrize("layer_class", [TitanMoE, FuncolMoE])
-def test_dropless_layer_is_one_graph(layer_class):
-    for result in run_ranks(_dropless_layer, 2, layer_class):
+def test_dropless_layer_is_one_graph(layer_class, pair: RankPool):
+    for result in pair.run(_dropless_layer, layer_class):
         assert result["on"] == (True, 1, 2)  # static, then dynamic in the number of tokens
         assert result["full"] == (True, 1, 1)
         same, num_first, _ = result["off"]

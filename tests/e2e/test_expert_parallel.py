@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.gloo import run_ranks
+from distributed.gloo import RankPool, run_ranks
 from e2e import harness
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,8 +24,8 @@ TIMEOUT = 240.0  # seconds, for machines whose cores are shared
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer(name: str) -> None:
-    run_ranks(_layer, 2, name, timeout=TIMEOUT)
+def test_layer(name: str, pair: RankPool) -> None:
+    pair.run(_layer, name)
 
 
 def _layer(rank: int, world_size: int, name: str) -> None:
@@ -36,8 +36,8 @@ def _layer(rank: int, world_size: int, name: str) -> None:
         harness.assert_rewritten(outcome, 1, train=train)
 
 
-def test_layer_with_generated_code() -> None:
-    run_ranks(_generated_code, 2, timeout=TIMEOUT)
+def test_layer_with_generated_code(pair: RankPool) -> None:
+    pair.run(_generated_code)
 
 
 def _generated_code(rank: int, world_size: int) -> None:
@@ -45,8 +45,8 @@ def _generated_code(rank: int, world_size: int) -> None:
     harness.assert_rewritten(outcome, 1, train=True)
 
 
-def test_scores_before_experts() -> None:
-    run_ranks(_scores_before_experts, 2, timeout=TIMEOUT)
+def test_scores_before_experts(pair: RankPool) -> None:
+    pair.run(_scores_before_experts)
 
 
 def _scores_before_experts(rank: int, world_size: int) -> None:
@@ -55,8 +55,8 @@ def _scores_before_experts(rank: int, world_size: int) -> None:
     harness.assert_rewritten(outcome, 1, train=True)
 
 
-def test_two_layers_in_one_graph() -> None:
-    run_ranks(_two_layers, 2, timeout=TIMEOUT)
+def test_two_layers_in_one_graph(pair: RankPool) -> None:
+    pair.run(_two_layers)
 
 
 def _two_layers(rank: int, world_size: int) -> None:
@@ -67,8 +67,8 @@ def _two_layers(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("case", ["checkpointed", "input_without_gradient", "frozen_experts"])
-def test_training_with_less_than_everything(case: str) -> None:
-    run_ranks(_training_case, 2, case, timeout=TIMEOUT)
+def test_training_with_less_than_everything(case: str, pair: RankPool) -> None:
+    pair.run(_training_case, case)
 
 
 def _training_case(rank: int, world_size: int, case: str) -> None:
@@ -91,8 +91,8 @@ def _checkpointed(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: checkpoint(module, x, use_reentrant=False)
 
 
-def test_token_counts_differ_by_rank_and_step() -> None:
-    run_ranks(_token_counts, 2, timeout=TIMEOUT)
+def test_token_counts_differ_by_rank_and_step(pair: RankPool) -> None:
+    pair.run(_token_counts)
 
 
 def _token_counts(rank: int, world_size: int) -> None:
@@ -105,15 +105,15 @@ def _token_counts(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("few", [0, 1, 2])
 @pytest.mark.parametrize("train", [False, True])
-def test_one_rank_has_few_tokens(few: int, train: bool) -> None:
+def test_one_rank_has_few_tokens(few: int, train: bool, pair: RankPool) -> None:
     # sizes 0 and 1 get graphs of their own on one rank only; were such a graph refused, its rank
     # would wait in a collective that the others never call
-    run_ranks(_few_tokens, 2, [[10, 10], [few, 8]], train, True, timeout=TIMEOUT)
+    pair.run(_few_tokens, [[10, 10], [few, 8]], train, True)
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_one_rank_starts_with_no_token(train: bool) -> None:
-    run_ranks(_few_tokens, 2, [[0, 10], [6, 0], [0, 0]], train, None, timeout=TIMEOUT)
+def test_one_rank_starts_with_no_token(train: bool, pair: RankPool) -> None:
+    pair.run(_few_tokens, [[0, 10], [6, 0], [0, 0]], train, None)
 
 
 def _few_tokens(
@@ -125,8 +125,8 @@ def _few_tokens(
     harness.assert_rewritten(outcome, 1, train=train)
 
 
-def test_one_rank_receives_no_rows() -> None:
-    run_ranks(_no_rows, 2, timeout=TIMEOUT)
+def test_one_rank_receives_no_rows(pair: RankPool) -> None:
+    pair.run(_no_rows)
 
 
 def _no_rows(rank: int, world_size: int) -> None:
@@ -154,13 +154,13 @@ def _subgroups(rank: int, world_size: int) -> None:
         harness.assert_rewritten(outcome, 1, train=False)
 
 
-def test_one_rank_is_a_group_too() -> None:
-    run_ranks(_layer, 1, "titan", timeout=TIMEOUT)
+def test_one_rank_is_a_group_too(alone: RankPool) -> None:
+    alone.run(_layer, "titan")
 
 
 @pytest.mark.parametrize("name", ["combine_on_other_group", "break_after_dispatch"])
-def test_near_miss_is_left_alone(name: str) -> None:
-    run_ranks(_near_miss, 2, name, timeout=TIMEOUT)
+def test_near_miss_is_left_alone(name: str, pair: RankPool) -> None:
+    pair.run(_near_miss, name)
 
 
 def _near_miss(rank: int, world_size: int, name: str) -> None:
@@ -171,8 +171,8 @@ def _near_miss(rank: int, world_size: int, name: str) -> None:
     assert outcome.comet["regions_rejected"] > 0
 
 
-def test_group_that_does_not_exist() -> None:
-    run_ranks(_no_such_group, 1, timeout=TIMEOUT)
+def test_group_that_does_not_exist(alone: RankPool) -> None:
+    alone.run(_no_such_group)
 
 
 def _no_such_group(rank: int, world_size: int) -> None:

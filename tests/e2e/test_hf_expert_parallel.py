@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed.gloo import run_ranks
+from distributed.gloo import RankPool
 from e2e import harness
 from torch import nn
 
@@ -12,12 +12,10 @@ pytest.importorskip("transformers")
 
 from zoo import hf, hf_ep
 
-TIMEOUT = 240.0  # seconds, for machines whose cores are shared
-
 
 @pytest.mark.parametrize("name", hf_ep.NAMES)
-def test_block(name: str) -> None:
-    run_ranks(_block, 2, name, timeout=TIMEOUT)
+def test_block(name: str, pair: RankPool) -> None:
+    pair.run(_block, name)
 
 
 def _block(rank: int, world_size: int, name: str) -> None:
@@ -30,8 +28,8 @@ def _block(rank: int, world_size: int, name: str) -> None:
         harness.assert_rewritten(outcome, 1, train=train)
 
 
-def test_as_many_tokens_as_experts() -> None:
-    run_ranks(_as_many_tokens_as_experts, 2, timeout=TIMEOUT)
+def test_as_many_tokens_as_experts(pair: RankPool) -> None:
+    pair.run(_as_many_tokens_as_experts)
 
 
 def _as_many_tokens_as_experts(rank: int, world_size: int) -> None:
@@ -44,8 +42,8 @@ def _as_many_tokens_as_experts(rank: int, world_size: int) -> None:
         harness.assert_rewritten(outcome, 1, train=True)
 
 
-def test_causal_lm() -> None:
-    run_ranks(_causal_lm, 2, timeout=TIMEOUT)
+def test_causal_lm(pair: RankPool) -> None:
+    pair.run(_causal_lm)
 
 
 def _causal_lm(rank: int, world_size: int) -> None:

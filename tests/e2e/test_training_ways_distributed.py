@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.gloo import run_ranks
+from distributed.gloo import RankPool
 from e2e import harness
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from zoo import ep, titan
 
-TIMEOUT = 240.0  # seconds, for machines whose cores are shared
 NAME = "qwen3_moe"
 ROUTER = "grad of 0.gate"
 Run = Callable[[Tensor], Tensor]
@@ -26,15 +25,19 @@ Named = Callable[[nn.Module], dict[str, Tensor | None]]
 # -- replicated experts -----------------------------------------------------------------------
 
 
-def test_data_parallel_models() -> None:
-    """The ways share their processes: these take longer to start than a way takes to run."""
+@pytest.mark.parametrize("way", ["ddp_around_a_compiled_model", "compiled_ddp", "fsdp"])
+def test_data_parallel_models(way: str, pair: RankPool) -> None:
     pytest.importorskip("transformers")
-    run_ranks(_data_parallel, 2, timeout=TIMEOUT)
+    pair.run(_data_parallel, way)
 
 
-def _data_parallel(rank: int, world_size: int) -> None:
-    for way in (_ddp_around_a_compiled_model, _compiled_ddp, _fsdp_of_compiled_blocks):
-        _compare_with_all_tokens(rank, world_size, way)
+def _data_parallel(rank: int, world_size: int, way: str) -> None:
+    ways = {
+        "ddp_around_a_compiled_model": _ddp_around_a_compiled_model,
+        "compiled_ddp": _compiled_ddp,
+        "fsdp": _fsdp_of_compiled_blocks,
+    }
+    _compare_with_all_tokens(rank, world_size, ways[way])
 
 
 def _ddp_around_a_compiled_model(model: nn.Module) -> Run:
@@ -93,8 +96,8 @@ def _gradients(
 # -- expert parallel --------------------------------------------------------------------------
 
 
-def test_expert_parallel_with_a_data_parallel_router() -> None:
-    run_ranks(_data_parallel_router, 2, timeout=TIMEOUT)
+def test_expert_parallel_with_a_data_parallel_router(pair: RankPool) -> None:
+    pair.run(_data_parallel_router)
 
 
 def _data_parallel_router(rank: int, world_size: int) -> None:
