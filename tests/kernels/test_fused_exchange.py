@@ -7,12 +7,14 @@ others end, symmetric memory) is in `distributed/test_fused_exchange_gpu.py`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from covering import covering
 from exchange_ranks import Ranks, finish, order_tiles_ref
 from fused_layers import math, params, routed, stored_pair
 from moe_cases import Case
@@ -101,8 +103,16 @@ def test_separate_up(up_before: bool) -> None:
     check(ranks, (7, 5))
 
 
-@pytest.mark.parametrize("lead", [(0.0, 0.0), (0.6, 0.0), (0.0, 0.6), (1.0, 1.0)], ids=str)
-@pytest.mark.parametrize("num_tokens", [(37, 40), (9, 0, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "lead"),
+    [
+        *itertools.product([(37, 40)], [(0.0, 0.0), (0.6, 0.0), (0.0, 0.6), (1.0, 1.0)]),
+        # a rank without tokens, and more turns than two
+        ((9, 0, 16), (0.6, 0.0)),
+        ((9, 0, 16), (0.0, 0.6)),
+    ],
+    ids=str,
+)
 def test_parts_of_the_tiles_that_lead(
     num_tokens: tuple[int, ...], lead: tuple[float, float]
 ) -> None:
@@ -131,9 +141,10 @@ def test_a_capacity_that_is_no_power_of_two() -> None:
     check(Ranks(2, capacity=24, top_k=3), (24, 20))
 
 
-@pytest.mark.parametrize("lead", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("num_turns", [1, 2, 5])
-@pytest.mark.parametrize("routing", ["random", "one_expert", "late_only", "nowhere"])
+@pytest.mark.parametrize(
+    ("num_turns", "routing", "lead"),
+    covering([1, 2, 5], ["random", "one_expert", "late_only", "nowhere"], [0.0, 0.25, 0.5, 1.0]),
+)
 def test_order_of_tiles(num_turns: int, routing: str, lead: float) -> None:
     num_experts, block_m, block, blocks_per_turn = 5, 16, 16, 4
     slots_per_turn = block * blocks_per_turn

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from covering import covering
 from fused_layers import (
     ACTIVATIONS,
     SMALL,
@@ -47,18 +48,24 @@ def test_weights_with_contiguous_rows_of_k(activation: str) -> None:
     check_fused(small_case(activation=activation, permuted=True, biases=True))
 
 
-@pytest.mark.parametrize("activation", ["silu_glu", "gelu_glu:up_first:limit=0.5"])
-@pytest.mark.parametrize("permuted", [False, True], ids=["n_contiguous", "k_contiguous"])
-@pytest.mark.parametrize("up_before", [False, True], ids=["in_memory_after", "in_memory_before"])
+@pytest.mark.parametrize(
+    ("activation", "permuted", "up_before"),
+    covering(["silu_glu", "gelu_glu:up_first:limit=0.5"], [False, True], [False, True]),
+)
 def test_separate_up(activation: str, permuted: bool, up_before: bool) -> None:
     case = small_case(activation=activation, permuted=permuted, biases=True, separate_up=True)
     check_fused(stored_pair(case, up_before))
 
 
-@pytest.mark.parametrize("weight_place", ["before", "between", "after"])
-@pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("product_dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("weight_place", "biases", "product_dtype", "out_dtype"),
+    covering(
+        ["before", "between", "after"],
+        [False, True],
+        [torch.float16, torch.float32],
+        [torch.float16, torch.float32],
+    ),
+)
 def test_weight_places(
     weight_place: str, biases: bool, product_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
@@ -159,18 +166,19 @@ def test_a_nan_goes_through_every_activation(activation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan",
-    [
-        small_plan(tiles(16, 16, 64), tiles(16, 16, 64)),  # one step of K
-        small_plan(tiles(32, 64, 16, num_programs=1), tiles(32, 64, 32, num_programs=1)),
-        small_plan(
-            tiles(16, 32, 16, num_programs=50), tiles(16, 16, 16, num_programs=50)
-        ),  # idle ones
-    ],
-    ids=["wide_k", "one_program", "more_programs_than_tiles"],
+    ("plan", "activation", "permuted"),
+    covering(
+        [
+            small_plan(tiles(16, 16, 64), tiles(16, 16, 64)),  # one step of K
+            small_plan(tiles(32, 64, 16, num_programs=1), tiles(32, 64, 32, num_programs=1)),
+            small_plan(
+                tiles(16, 32, 16, num_programs=50), tiles(16, 16, 16, num_programs=50)
+            ),  # idle ones
+        ],
+        ["silu_glu", "silu_glu:interleaved", "relu2"],
+        [False, True],
+    ),
 )
-@pytest.mark.parametrize("activation", ["silu_glu", "silu_glu:interleaved", "relu2"])
-@pytest.mark.parametrize("permuted", [False, True])
 def test_tilings(plan: Plan, activation: str, permuted: bool) -> None:
     check_fused(small_case(activation=activation, permuted=permuted, biases=True), plan)
 
