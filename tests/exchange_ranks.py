@@ -38,7 +38,7 @@ class LocalWorkspace(Workspace):
         self.buffer = torch.full((num_bytes,), NAN_BYTE, dtype=torch.uint8, device=device)
         self.buffer[:_FLAGS_BYTES].zero_()
         self.make_counters(device)
-        pinned = device != "cpu"
+        pinned = device == "cuda"  # "meta" has none to pin
         self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32, pin_memory=pinned)
         self.peers = 2**40  # an address; `connect` sets a true one
 
