@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from covering import covering
 from exchange_ranks import Ranks
 from fused_layers import math, params, routed, stored_pair
 from moe_cases import GRAD_NAMES, Case
@@ -108,9 +109,10 @@ def test_activations(activation: str, permuted: bool) -> None:
     check(Ranks(2, activation=activation, permuted=permuted), (11, 9))
 
 
-@pytest.mark.parametrize("weight_place", ["before", "after"])
-@pytest.mark.parametrize("permuted", [False, True], ids=["n_contiguous", "k_contiguous"])
-@pytest.mark.parametrize("up_before", [False, True], ids=["in_memory_after", "in_memory_before"])
+@pytest.mark.parametrize(
+    ("up_before", "permuted", "weight_place"),
+    covering([False, True], [False, True], ["before", "after"]),
+)
 def test_separate_up(up_before: bool, permuted: bool, weight_place: str) -> None:
     ranks = Ranks(
         2, capacity=64, separate_up=True, permuted=permuted, weight_place=weight_place, biases=True
@@ -134,16 +136,16 @@ def test_calls_of_both_directions_follow_each_other() -> None:
         assert not any(int(counter) for counter in (ws.abort, ws.published, ws.summed, ws.scored))
 
 
-@pytest.mark.parametrize("asked", ["x", "weights", "w_in", "w_out"])
-def test_only_what_is_needed(asked: str) -> None:
+def test_only_what_is_needed() -> None:
     ranks = Ranks(2, biases=True)
     layers = ranks.tokens((11, 9))
     every = ranks.run_backward(layers)
-    needs = Needs(**{name: name in ("x", asked) for name in GRAD_NAMES})
-    for all_grads, some in zip(every, ranks.run_backward(layers, needs), strict=True):
-        for name, grad, one in zip(GRAD_NAMES, all_grads, some, strict=True):
-            if name in ("x", asked):
-                assert one is not None
-                assert torch.equal(one, grad)
-            else:
-                assert one is None
+    for asked in ("x", "weights", "w_in", "w_out"):
+        needs = Needs(**{name: name in ("x", asked) for name in GRAD_NAMES})
+        for all_grads, some in zip(every, ranks.run_backward(layers, needs), strict=True):
+            for name, grad, one in zip(GRAD_NAMES, all_grads, some, strict=True):
+                if name in ("x", asked):
+                    assert one is not None, (asked, name)
+                    assert torch.equal(one, grad), (asked, name)
+                else:
+                    assert one is None, (asked, name)
