@@ -16,6 +16,8 @@ OLD_TRITON := $(shell grep -E '^triton==' constraints/torch-2.11.txt)
 OLD_TRITON_DIR := build/$(subst ==,-,$(OLD_TRITON))
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
+# an environment that is used as it is may lack pytest-xdist
+WORKERS = $(shell $(PY) -c 'import importlib.util as u; print("-n $(PYTEST_WORKERS)" if u.find_spec("xdist") else "")')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The repository root must stay off sys.path: from there, the folders passes/ and kernels/ would
@@ -39,16 +41,14 @@ demo: $(READY) ## Train three small MoE models, eager beside comet, and print wh
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) examples/quickstart.py
 
 test: $(READY) ## Run the CPU test suite
-	@# an environment that is used as it is may lack pytest-xdist
-	workers=$$($(PY) -c 'import importlib.util as u; print("-n $(PYTEST_WORKERS)" if u.find_spec("xdist") else "")'); \
-	OMP_NUM_THREADS=1 $(PY) -m pytest $$workers -m "not gpu and not multigpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "not gpu and not multigpu" $(PYTEST_ARGS)
 
 cross-compile: $(READY) ## Compile the kernels for GPUs that are not here, with the oldest supported Triton
 	@# `make test` does so with the newest; torch itself may have no triton of its own on a CPU
 	[ -d $(OLD_TRITON_DIR) ] || $(PY) -m pip install -qq $(PIP_ARGS) --no-deps --target $(OLD_TRITON_DIR) '$(OLD_TRITON)'
 	export PYTHONPATH=$(CURDIR)/$(OLD_TRITON_DIR) OMP_NUM_THREADS=1; \
 	  $(PY) -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
-	  $(PY) -m pytest tests/kernels/test_cross_compile.py $(PYTEST_ARGS)
+	  $(PY) -m pytest $(WORKERS) tests/kernels/test_cross_compile.py $(PYTEST_ARGS)
 
 sanitize: $(READY) ## Run the fused kernels under NVIDIA's compute-sanitizer (needs a GPU)
 	@# without torch's cache of memory, an access outside a tensor is one outside all tensors
