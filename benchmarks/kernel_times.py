@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_times.py --shapes deepseek-v3 --vary layer0.paced=False
     torchrun --nproc-per-node 2 benchmarks/kernel_times.py --vary num_senders=16 lead=0.2,0.4
+    python benchmarks/kernel_times.py --backward --vary gathers=True
 
 On one GPU the layer has a half of the shape's experts, which is what a rank of two has; under
 torchrun the experts are shared out and tokens travel. Each `--vary` is a variant; its fields change
@@ -30,9 +31,9 @@ import torch.distributed as dist
 from moe_layer import load_package
 from torch import Tensor
 
-from comet_compile.kernels import exchange_plan, fused, fused_exchange
+from comet_compile.kernels import exchange_plan, fused, fused_backward, fused_exchange
 from comet_compile.kernels.activation import Activation
-from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.workspace import Layout, workspace_for
 
@@ -51,10 +52,10 @@ class Layer:
     routed: Routed
     params: ExpertParams
     plan: Any
-    run: Callable[[Any], Tensor]
+    run: Callable[[Any], None]
 
 
-def make_layer(shape: Shape, tokens: int, group: Any) -> Layer:
+def make_layer(shape: Shape, tokens: int, group: Any, *, backward: bool) -> Layer:
     """Return a layer of random weights; the rank draws its own."""
     rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
     num_local = shape.num_experts // max(2, num_ranks)
@@ -70,28 +71,40 @@ def make_layer(shape: Shape, tokens: int, group: Any) -> Layer:
     scores = torch.rand(tokens, num_experts, generator=generator, device="cuda")
     weights, ids = scores.topk(shape.top_k, -1)
     routed = Routed(normal(tokens, shape.hidden), ids, weights)
+    grad_y = normal(tokens, shape.hidden) if backward else None
     if group is None:
         plan = fused.plan_layer(routed, params, MATH)
 
-        def run_local(plan: Any) -> Tensor:
-            return fused.local_forward(routed, params, MATH, torch.bfloat16, save=False, plan=plan)[
-                0
-            ]
+        args = routed, params, MATH, torch.bfloat16
 
-        return Layer(routed, params, plan, run_local)
+        def run_local(plan: Any) -> None:
+            fused.local_forward(*args, save=False, plan=plan)
+
+        if grad_y is None:
+            return Layer(routed, params, plan, run_local)
+        _, saved = fused.local_forward(*args, save=True, plan=plan)
+
+        def run_local_backward(plan: Any) -> None:
+            fused_backward.local_backward(grad_y, routed, saved, params, MATH, Needs(), plan)
+
+        return Layer(routed, params, plan, run_local_backward)
     capacity = exchange_plan.capacity_for([tokens])
     device = torch.device("cuda", torch.cuda.current_device())
     plan = exchange_plan.plan_exchange(params, MATH, shape.top_k, capacity, num_ranks, device.index)
-    layout = Layout.of(capacity, shape.top_k, shape.hidden, num_ranks, 2)
+    layout = Layout.of(capacity, shape.top_k, shape.hidden, num_ranks, 2, backward=backward)
     workspace = workspace_for(layout.num_bytes, group, device)
 
     y = torch.empty_like(routed.x)
 
-    def run_exchange(plan: Any) -> Tensor:
+    def run_exchange(plan: Any) -> None:
         fused_exchange.all_to_all_forward(routed, params, MATH, plan, workspace, DEADLINE, y)
-        return y
 
-    return Layer(routed, params, plan, run_exchange)
+    def run_exchange_backward(plan: Any) -> None:
+        fused_exchange.all_to_all_backward(
+            grad_y, routed, params, MATH, Needs(), plan, workspace, DEADLINE
+        )
+
+    return Layer(routed, params, plan, run_exchange_backward if backward else run_exchange)
 
 
 def change(plan: Any, fields: list[str]) -> Any:
@@ -127,10 +140,16 @@ def kernel_times(layer: Layer, plan: Any, repeats: int) -> dict[str, float]:
             torch.cuda.synchronize()
             calls.append(1e3 * begin.elapsed_time(end))
     times = defaultdict(list)
-    for event in profile.events():
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
         if event.name.endswith("_kernel"):
             times[event.name.removesuffix("_kernel")].append(event.device_time)
-    found = {name: round(statistics.median(values), 1) for name, values in times.items()}
+    # of a kernel that a call launches more than once, each launch by its place in the call
+    found = {}
+    for name, values in times.items():
+        launches = max(1, len(values) // repeats)
+        for place in range(launches):
+            suffix = f"#{place + 1}" if launches > 1 else ""
+            found[name + suffix] = round(statistics.median(values[place::launches]), 1)
     return {**found, "total": round(slowest(statistics.median(calls)), 1)}
 
 
@@ -151,6 +170,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192], help="per rank")
     parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--backward", action="store_true", help="all gradients of one layer")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="the commit measured, where there is no git to ask")
@@ -164,7 +184,7 @@ def main() -> int:
     rows = []
     for name in args.shapes:
         for tokens in args.tokens:
-            layer = make_layer(SHAPES[name], tokens, group)
+            layer = make_layer(SHAPES[name], tokens, group, backward=args.backward)
             for fields in [[], *args.vary]:
                 times = kernel_times(layer, change(layer.plan, fields), args.repeats)
                 rows.append({"shape": name, "tokens": tokens, "changed": fields, "us": times})

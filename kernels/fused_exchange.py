@@ -123,8 +123,9 @@ class BackwardCall(ExchangeCall):
             plan=plan,
             gathered=plan.gathers,
         )
+        grads = local.gather(local.grad_TH) if plan.gathers else local.grad_TH
         d_pre_RN, wh_RI, d_w_PR = layer_backward.grad_hidden(
-            local.grad_TH,
+            grads,
             saved_SN,
             local.weights_at("between", "after"),
             self.routing,
@@ -132,6 +133,7 @@ class BackwardCall(ExchangeCall):
             self.math,
             plan.grad_hidden,
             self.top_k,
+            gathered=plan.gathers,
             arrive=self.more_arrive,
         )
         self.rows_RH = self.multiply_and_send(
@@ -151,8 +153,8 @@ class BackwardCall(ExchangeCall):
             assert d_w_TA is not None
             self._push_scores(d_w_TA)
         self.param_grads = (
-            *local.grad_matrices(d_pre_RN, wh_RI, local.grad_TH),
-            *local.grad_biases(d_pre_RN, local.grad_TH),
+            *local.grad_matrices(d_pre_RN, wh_RI, grads),
+            *local.grad_biases(d_pre_RN, grads),
         )
 
     def finish(self) -> tuple[Tensor | None, ...]:

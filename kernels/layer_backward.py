@@ -109,8 +109,8 @@ def grad_hidden(
         return d_pre_RN, wh_RI, d_w
     view = view_weight(params.w_out.transpose(1, 2))
     interleaved = act.interleaved and params.w_up is None
-    quarter = tiles.block_n // 4
-    box = (tiles.block_m, 2 * quarter if interleaved else quarter)
+    part = tiles.block_n // 4 if tiles.block_n <= 128 else 16
+    box = (tiles.block_m, 2 * part if interleaved else part)
     launch(
         grad_hidden_kernel,
         full_grid(tiles.num_programs),
@@ -125,7 +125,7 @@ def grad_hidden(
         descriptor(d_pre_RN[:, inter:], (num_rows, inter), (columns, 1), box)
         if act.gated and not interleaved
         else None,
-        descriptor(wh_RI, (num_rows, inter), (inter, 1), (tiles.block_m, quarter)),
+        descriptor(wh_RI, (num_rows, inter), (inter, 1), (tiles.block_m, part)),
         d_w,
         saved_SN,
         routing.slot_R,
@@ -144,6 +144,7 @@ def grad_hidden(
         BM=tiles.block_m,
         BN=tiles.block_n,
         BK=tiles.block_k,
+        PART=part,
         GROUP_M=tiles.group_m,
         GATHERED=gathered,
         INTERLEAVED=interleaved,
@@ -215,6 +216,7 @@ def grad_hidden_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PART: tl.constexpr,
     GROUP_M: tl.constexpr,
     GATHERED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -259,26 +261,10 @@ def grad_hidden_kernel(
         if weights_ptr is not None:
             scale = tl.load(weights_ptr + tl.maximum(slot, 0), mask=is_row, other=0.0)
             scale = scale.to(tl.float32)
-        # A quarter of the columns at a time: all of them at once would not fit into registers.
-        QUARTER: tl.constexpr = BN // 4
-        left, right = d_h.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        d_h_0, d_h_1 = left.reshape(BM, 2, QUARTER).permute(0, 2, 1).split()
-        d_h_2, d_h_3 = right.reshape(BM, 2, QUARTER).permute(0, 2, 1).split()
-        d_w = tl.zeros((BM,), tl.float32)
-        for quarter in tl.static_range(4):
-            if quarter == 0:
-                part = d_h_0
-            elif quarter == 1:
-                part = d_h_1
-            elif quarter == 2:
-                part = d_h_2
-            else:
-                part = d_h_3
-            d_w += _grad_columns(
-                part, tile_m * BM, start_n + quarter * QUARTER, d_first_desc, d_second_desc,
-                wh_desc, saved_ptr, row, is_row, scale, alpha, limit, I, BM, QUARTER, INTERLEAVED,
-                KIND, GATED, UP_FIRST, CLAMP,
-            )  # fmt: skip
+        d_w = _grad_columns(
+            d_h, tile_m * BM, start_n, d_first_desc, d_second_desc, wh_desc, saved_ptr, row, is_row,
+            scale, alpha, limit, I, BM, BN, PART, INTERLEAVED, KIND, GATED, UP_FIRST, CLAMP,
+        )  # fmt: skip
         if weights_ptr is not None:
             rows = (start_n // BN) * num_rows.to(tl.int64) + tile_m * BM + tl.arange(0, BM)
             tl.store(d_w_ptr + rows, d_w)
@@ -301,35 +287,51 @@ def _grad_columns(
     I: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PART: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     UP_FIRST: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """Store d_pre and wh of some columns; return their part of each row's d_w."""
-    N: tl.constexpr = 2 * I if GATED else I
-    STEP: tl.constexpr = 2 if INTERLEAVED else 1
-    DISTANCE: tl.constexpr = 1 if INTERLEAVED else I
-    offs_n = start_n + tl.arange(0, BN)
-    mask = is_row[:, None] & (offs_n < I)[None, :]
-    ptrs = saved_ptr + row[:, None].to(tl.int64) * N + (offs_n * STEP)[None, :]
-    first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    second = first
-    if GATED:
-        second = tl.load(ptrs + DISTANCE, mask=mask, other=0.0).to(tl.float32)
-    d_h = tl.where(mask, d_h, 0.0)
-    h = tl.where(mask, activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP), 0.0)
-    d_w = tl.sum(d_h * h, 1)
-    wh_desc.store([start_row, start_n], (h * scale[:, None]).to(wh_desc.dtype))
-    d_first, d_second = activate_backward(
-        d_h * scale[:, None], first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP
-    )
-    if INTERLEAVED:
-        d_pre = tl.join(d_first, d_second).reshape(BM, 2 * BN)
-        d_first_desc.store([start_row, 2 * start_n], d_pre.to(wh_desc.dtype))
+    """Store d_pre and wh of BN columns; return their part of each row's d_w.
+
+    PART columns at a time: all of them at once would not fit into registers.
+    """
+    if BN > PART:
+        left, right = d_h.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        d_w = _grad_columns(
+            left, start_row, start_n, d_first_desc, d_second_desc, wh_desc, saved_ptr, row, is_row,
+            scale, alpha, limit, I, BM, BN // 2, PART, INTERLEAVED, KIND, GATED, UP_FIRST, CLAMP,
+        )  # fmt: skip
+        d_w += _grad_columns(
+            right, start_row, start_n + BN // 2, d_first_desc, d_second_desc, wh_desc, saved_ptr,
+            row, is_row, scale, alpha, limit, I, BM, BN // 2, PART, INTERLEAVED, KIND, GATED,
+            UP_FIRST, CLAMP,
+        )  # fmt: skip
     else:
-        d_first_desc.store([start_row, start_n], d_first.to(wh_desc.dtype))
+        N: tl.constexpr = 2 * I if GATED else I
+        STEP: tl.constexpr = 2 if INTERLEAVED else 1
+        DISTANCE: tl.constexpr = 1 if INTERLEAVED else I
+        offs_n = start_n + tl.arange(0, BN)
+        mask = is_row[:, None] & (offs_n < I)[None, :]
+        ptrs = saved_ptr + row[:, None].to(tl.int64) * N + (offs_n * STEP)[None, :]
+        first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        second = first
         if GATED:
-            d_second_desc.store([start_row, start_n], d_second.to(wh_desc.dtype))
+            second = tl.load(ptrs + DISTANCE, mask=mask, other=0.0).to(tl.float32)
+        d_h = tl.where(mask, d_h, 0.0)
+        h = tl.where(mask, activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP), 0.0)
+        d_w = tl.sum(d_h * h, 1)
+        wh_desc.store([start_row, start_n], (h * scale[:, None]).to(wh_desc.dtype))
+        d_first, d_second = activate_backward(
+            d_h * scale[:, None], first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP
+        )
+        if INTERLEAVED:
+            d_pre = tl.join(d_first, d_second).reshape(BM, 2 * BN)
+            d_first_desc.store([start_row, 2 * start_n], d_pre.to(wh_desc.dtype))
+        else:
+            d_first_desc.store([start_row, start_n], d_first.to(wh_desc.dtype))
+            if GATED:
+                d_second_desc.store([start_row, start_n], d_second.to(wh_desc.dtype))
     return d_w

@@ -65,6 +65,7 @@ class Ranks:
         block_tokens: int = 4,
         lead: tuple[float, float] = (0.3, 0.3),
         device: str = "cpu",
+        gathers: bool = False,
         **layer: object,
     ) -> None:
         whole = small_case(
@@ -74,7 +75,9 @@ class Ranks:
         self.whole, self.num_experts, self.num_ranks = whole, num_experts, num_ranks
         # one fetcher: the interpreter runs one program after the other, and none may wait for a
         # later one
-        self.plan = ExchangePlan(small_plan(TILES, TILES), capacity, 1, 1, lead, block_tokens)
+        self.plan = ExchangePlan(
+            small_plan(TILES, TILES, gathers=gathers), capacity, 1, 1, lead, block_tokens
+        )
         self.layout = Layout.of(
             capacity, top_k, whole.x.shape[1], num_ranks, whole.x.element_size(), backward=True
         )

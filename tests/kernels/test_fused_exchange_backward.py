@@ -121,6 +121,12 @@ def test_separate_up(up_before: bool, permuted: bool, weight_place: str) -> None
     check(ranks, (40, 33))
 
 
+@pytest.mark.parametrize("weight_place", ["before", "after"])
+def test_gathering_the_tokens_first(weight_place: str) -> None:
+    ranks = Ranks(2, capacity=64, weight_place=weight_place, biases=True, gathers=True)
+    check(ranks, (40, 33))
+
+
 def test_calls_of_both_directions_follow_each_other() -> None:
     ranks = Ranks(2)
     first = check(ranks, (11, 9))
