@@ -40,14 +40,16 @@ def grad_weight(
         out_LHQ.zero_()
         return
     block_k = min(tiles.block_k, routing.block_m)
-    box = (tiles.block_n, tiles.block_m) if h_contiguous else (tiles.block_m, tiles.block_n)
+    # the wide side of a tile is the contiguous one
+    box = (tiles.block_m, tiles.block_n)
+    block_q, block_h = box if h_contiguous else box[::-1]
     launch(
         grad_weight_kernel,
         full_grid(tiles.num_programs),
-        descriptor(tokens, tokens.shape, tokens.stride(), (block_k, tiles.block_m))
+        descriptor(tokens, tokens.shape, tokens.stride(), (block_k, block_h))
         if gathered
         else tokens,
-        descriptor(rows_RQ, rows_RQ.shape, rows_RQ.stride(), (block_k, tiles.block_n)),
+        descriptor(rows_RQ, rows_RQ.shape, rows_RQ.stride(), (block_k, block_q)),
         descriptor(memory, memory.shape, memory.stride(), (1, *box)),
         routing.slot_R,
         routing.end_tile_L,
@@ -57,8 +59,8 @@ def grad_weight(
         H=hidden,
         Q=num_q,
         BM=routing.block_m,
-        BH=tiles.block_m,
-        BQ=tiles.block_n,
+        BH=block_h,
+        BQ=block_q,
         BK=block_k,
         GATHERED=gathered,
         H_CONTIGUOUS=h_contiguous,

@@ -129,7 +129,8 @@ def choose_plan(
         layer0 = dataclasses.replace(
             layer0, num_stages=_stages(block_m, 2 * layer0.block_n, layer0, device)
         )
-    return Plan(layer0, layer1, _grad_hidden(layer0, layer1), _grad_weight(layer1, device))
+    grad_hidden, grad_weight = _grad_hidden(layer0, layer1), _grad_weight(layer1, device)
+    return Plan(layer0, layer1, grad_hidden, grad_weight, gathers=True)
 
 
 def _grad_hidden(layer0: GemmTiles, layer1: GemmTiles) -> GemmTiles:
@@ -140,19 +141,15 @@ def _grad_hidden(layer0: GemmTiles, layer1: GemmTiles) -> GemmTiles:
 
 
 def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
-    """The same whatever the rows' tiles are.
+    """The same whatever the rows' tiles are; `block_n` is along the contiguous dim of the result.
 
-    Two programs of four warps share a multiprocessor: one loads while the other multiplies.
+    With tokens gathered first, 128 x 256 takes 0.67 ms where 128 x 128, two programs a
+    multiprocessor and tokens row by row took 1.01 (d_w_in of Qwen3-30B), 5.3 instead of 8.6
+    (Mixtral; H100, 8192 tokens, half the experts,
+    benchmarks/results/kernels_backward_*_h100.json).
     """
-    return dataclasses.replace(
-        layer1,
-        block_m=128,
-        block_n=128,
-        block_k=64,
-        num_warps=4,
-        num_stages=3,
-        num_programs=2 * device.num_sms,
-    )
+    tiles = dataclasses.replace(layer1, block_m=128, block_n=256, block_k=64, num_warps=8)
+    return dataclasses.replace(tiles, num_stages=min(3, _stages(128, 256, tiles, device)))
 
 
 def _tiles(
