@@ -109,7 +109,8 @@ def grad_hidden(
         return d_pre_RN, wh_RI, d_w
     view = view_weight(params.w_out.transpose(1, 2))
     interleaved = act.interleaved and params.w_up is None
-    part = tiles.block_n // 4 if tiles.block_n <= 128 else 16
+    # columns of one step of the epilogue; an interleaved pair takes twice the registers
+    part = 16 if tiles.block_n > 128 or interleaved else tiles.block_n // 4
     box = (tiles.block_m, 2 * part if interleaved else part)
     launch(
         grad_hidden_kernel,
