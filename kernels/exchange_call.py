@@ -321,6 +321,7 @@ class ExchangeCall:
             BN=tiles.block_n,
             BK=tiles.block_k,
             GROUP_M=tiles.group_m,
+            FLAT=tiles.flat,
             K_CONTIGUOUS=view.k_contiguous,
             STEPS=4,
             BULK=self.bulk,

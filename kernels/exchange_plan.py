@@ -56,7 +56,7 @@ def plan_exchange(
         params.w_in.shape[1],
         params.w_out.shape[1],
         gated=math.activation.gated,
-        wide=projection.mode != "halves" or projection.view.k_contiguous,
+        interleaved=projection.mode == "interleaved",
         device=device,
     )
     hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
@@ -93,12 +93,12 @@ def row_bytes(
     """Return the bytes of all rows, if all tokens chose this rank.
 
     Forward: h and the experts' outputs. Backward: also the rows in front of the activation, their
-    gradients, and h times its weight.
+    gradients, h times its weight, and tokens or their gradients in the order of the experts.
     """
     slots = capacity * top_k * num_ranks
     hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
     columns = hidden + inter
     if backward:
         wide = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
-        columns += inter + 2 * wide
+        columns += inter + 2 * wide + hidden
     return slots * columns * params.w_in.element_size()

@@ -60,7 +60,7 @@ def plan_layer(
         params.w_in.shape[1],
         params.w_out.shape[1],
         gated=math.activation.gated,
-        wide=projection.mode != "halves" or projection.view.k_contiguous,
+        interleaved=projection.mode == "interleaved",
         device=read_device(routed.x.device.index or 0),
     )
 

@@ -1,4 +1,4 @@
-"""The fused backward of the local form: the rows again, then every gradient that is asked for.
+"""The fused backward of the local form: every gradient that is asked for.
 
 Legend: T tokens, A experts per token, S = T*A slots, R tile rows, L experts, H model dim, I expert
 intermediate dim, N columns of the in-projection, P parts of a sum.
@@ -11,16 +11,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from comet_compile.kernels import grad_params, grad_routing, layer1, layer_backward
+from comet_compile.kernels import grad_params, grad_routing, layer0, layer1, layer_backward
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
+from comet_compile.kernels.fused import with_dense_biases
 from comet_compile.kernels.plan import Plan
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.route_tiles import TileRouting, max_tiles, route_tiles
-
-
-def why_not(params: ExpertParams, math: LayerMath, has_rows: bool) -> str | None:
-    """Return why the fused backward cannot run where the fused forward can, None if it can."""
-    return None if has_rows else "the forward kept no rows"
 
 
 def local_backward(
@@ -34,9 +30,12 @@ def local_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
-    What `needs` does not ask for, or whose input is None, is None.
+    What `needs` does not ask for, or whose input is None, is None. `saved` are the rows [S, N] in
+    front of the activation as `fused.local_forward` saved them; [0] has them computed again.
     """
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
+    num_tiles = max_tiles(routed.ids.numel(), params.num_experts, plan.block_m)
+    arrivals0 = plan.layer0.num_arrivals(num_tiles, params.w_out.shape[1])
     grad_TH = grad_y.to(x_TH.dtype)
     call = Call(
         x_TH=x_TH,
@@ -46,7 +45,7 @@ def local_backward(
             routed.ids,
             params.num_experts,
             plan.block_m,
-            num_arrivals(routed.ids.numel(), params, plan),
+            arrivals0 + num_arrivals(routed.ids.numel(), params, plan),
         ),
         top_k=routed.ids.shape[1],
         params=params,
@@ -55,29 +54,37 @@ def local_backward(
         plan=plan,
         gathered=plan.gathers,
     )
-    grads = call.gather(call.grad_TH) if call.gathered else call.grad_TH
-    d_pre_RN, wh_RI, d_w = layer_backward.grad_hidden(
-        grads,
-        saved,
-        call.weights_at("between", "after"),
-        call.routing,
-        params,
-        math,
-        plan.grad_hidden,
-        call.top_k,
-        gathered=call.gathered,
-        arrive=call.routing.arrive,
+    matrices = call.new_matrices()
+    wh_RI = None
+    if saved.dim() != 2:
+        saved, wh_RI = call.compute_again(matrices)
+    grads = call.gather_grads()
+    d_pre_RN, wh_RI, d_w = call.grad_hidden(
+        grads, saved, matrices, call.routing.arrive[arrivals0:], wh_RI
     )
-    d_x, d_w_before = call.grad_tokens(d_pre_RN)
+    d_biases = call.grad_biases(d_pre_RN, grads)
+    call.grad_out_projection(grads, wh_RI, matrices)
+    # from here on the memory of the gradients' rows is free, and is taken twice
+    rows_RH = grads if call.gathered else None
+    call.grad_in_projections(d_pre_RN, matrices, rows_RH)
+    d_x, d_w_before = call.grad_tokens(d_pre_RN, rows_RH)
     d_weights = call.grad_scores(d_w if d_w_before is None else d_w_before)
-    matrices = call.grad_matrices(d_pre_RN, wh_RI, grads)
-    return d_x, d_weights, *matrices, *call.grad_biases(d_pre_RN, grads)
+    return d_x, d_weights, matrices.w_in, matrices.w_up, matrices.w_out, *d_biases
 
 
 def num_arrivals(num_slots: int, params: ExpertParams, plan: Plan) -> int:
     """Return how many counters grad_hidden takes for so many slots."""
     num_tiles = max_tiles(num_slots, params.num_experts, plan.block_m)
     return plan.grad_hidden.num_arrivals(num_tiles, params.w_out.shape[1])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrices:
+    """The gradients of the experts' matrices, in their strides; None for what nobody asked for."""
+
+    w_in: Tensor | None
+    w_up: Tensor | None
+    w_out: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,12 +106,85 @@ class Call:
         """Return the routing weights [T, A] if they multiply at one of `places`."""
         return self.weights_TA if self.math.weight_place in places else None
 
-    def gather(self, tokens_TH: Tensor, weights_TA: Tensor | None = None) -> Tensor:
-        """Return [R, H], the tokens in the order of the experts."""
-        return layer_backward.gather_rows(tokens_TH, self.routing, self.top_k, weights_TA)
+    def gather_grads(self) -> Tensor:
+        """Return the gradient of y in the order of the experts [R, H] if the plan says so."""
+        if not self.gathered:
+            return self.grad_TH
+        return layer_backward.gather_rows(self.grad_TH, self.routing, self.top_k)
 
-    def grad_tokens(self, d_pre_RN: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return (d_x [T, H], d_w [1, R] of weights that multiply before, else None)."""
+    def new_matrices(self) -> Matrices:
+        """Return memory for the gradients of the matrices that are asked for."""
+        params, needs = self.params, self.needs
+
+        def memory(param: Tensor | None, needed: bool) -> Tensor | None:
+            return torch.empty_like(param) if param is not None and needed else None
+
+        return Matrices(
+            memory(params.w_in, needs.w_in),
+            memory(params.w_up, needs.w_up),
+            memory(params.w_out, needs.w_out),
+        )
+
+    def compute_again(self, matrices: Matrices) -> tuple[Tensor, Tensor]:
+        """Return the rows in front of the activation [S, N], and memory [R, I].
+
+        Where they fit, the rows lie in the memory of the gradient of w_in.
+        """
+        w_in, w_up = self.params.w_in, self.params.w_up
+        columns = w_in.shape[2] + (0 if w_up is None else w_up.shape[2])
+        shape = (self.routing.row_S.shape[0], columns)
+        saved_SN = _borrow(matrices.w_in, shape)
+        if saved_SN is None:
+            saved_SN = self.x_TH.new_empty(shape)
+        h_RI = layer0.gather_gemm_act(
+            self.x_TH, self.weights_TA, self.routing, with_dense_biases(self.params), self.math,
+            self.plan.layer0, self.top_k, saved_SN,
+        )  # fmt: skip
+        return saved_SN, h_RI
+
+    def grad_hidden(
+        self,
+        grads: Tensor,
+        saved_SN: Tensor,
+        matrices: Matrices,
+        arrive: Tensor,
+        wh_RI: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return (d_pre [R, N], wh [R, I], d_w parts) of `layer_backward.grad_hidden`.
+
+        wh is None where the gradient of w_out is not asked for. Else it lies in the memory given,
+        or in that of the gradient of w_in, if that is large enough: it must be used before that is
+        written.
+        """
+        if matrices.w_out is None:
+            wh_RI = None
+        elif wh_RI is None:
+            shape = (self.routing.slot_R.shape[0], self.params.w_out.shape[1])
+            wh_RI = _borrow(matrices.w_in, shape)
+            if wh_RI is None:
+                wh_RI = saved_SN.new_empty(shape)
+        d_pre_RN, d_w_PR = layer_backward.grad_hidden(
+            grads,
+            saved_SN,
+            self.weights_at("between", "after"),
+            self.routing,
+            self.params,
+            self.math,
+            self.plan.grad_hidden,
+            self.top_k,
+            gathered=self.gathered,
+            arrive=arrive,
+            wh_RI=wh_RI,
+        )
+        return d_pre_RN, wh_RI, d_w_PR
+
+    def grad_tokens(
+        self, d_pre_RN: Tensor, rows_RH: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return (d_x [T, H], d_w [1, R] of weights that multiply before, else None).
+
+        `rows_RH`: memory [R, H] to use.
+        """
         before_TA = self.weights_at("before")
         d_x = d_w_PR = None
         if self.needs.weights and before_TA is not None:
@@ -114,8 +194,9 @@ class Call:
         parts = []
         for index, (rows, weight) in enumerate(self._in_projections(d_pre_RN)):
             part_RH = layer1.gemm_rows(
-                rows, weight.transpose(1, 2), None, self.routing, self.plan.layer1
-            )
+                rows, weight.transpose(1, 2), None, self.routing, self.plan.layer1,
+                rows_RH if index == 0 else None,
+            )  # fmt: skip
             if d_w_PR is not None:
                 grad_routing.dot_tokens(
                     self.x_TH, part_RH, d_w_PR[0], self.routing, self.top_k, add=index > 0
@@ -151,25 +232,30 @@ class Call:
         d_w_S = grad_routing.grad_scores(d_w_PR, self.routing.row_S, weights_TA.dtype)
         return d_w_S.view(weights_TA.shape)
 
-    def grad_matrices(
-        self, d_pre_RN: Tensor, wh_RI: Tensor, grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """Return (d_w_in, d_w_up, d_w_out); `grads` is the gradient of y, or its rows."""
-        params, needs = self.params, self.needs
-        wanted = (needs.w_in, needs.w_up and params.w_up is not None)
-        first_two: list[Tensor | None] = [None, None]
-        if any(wanted):
-            before_TA = self.weights_at("before")
-            # multiplied in the GEMM, the tokens would pass through registers
-            gathered = self.gathered or before_TA is not None
-            tokens = self.gather(self.x_TH, before_TA) if gathered else self.x_TH
-            for index, (rows, weight) in enumerate(self._in_projections(d_pre_RN)):
-                if wanted[index]:
-                    first_two[index] = self._grad_matrix(tokens, rows, weight, gathered)
-        d_w_out = None
-        if needs.w_out:
-            d_w_out = self._grad_matrix(grads, wh_RI, params.w_out, self.gathered, swap=True)
-        return *first_two, d_w_out
+    def grad_in_projections(
+        self, d_pre_RN: Tensor, matrices: Matrices, rows_RH: Tensor | None
+    ) -> None:
+        """Fill the gradients of w_in and w_up; `rows_RH`: memory [R, H] to use."""
+        outs = (matrices.w_in, matrices.w_up)
+        if outs == (None, None):
+            return
+        before_TA = self.weights_at("before")
+        # multiplied in the GEMM, the tokens would pass through registers
+        gathered = self.gathered or before_TA is not None
+        tokens = self.x_TH
+        if gathered:
+            tokens = layer_backward.gather_rows(
+                self.x_TH, self.routing, self.top_k, before_TA, rows_RH
+            )
+        for (rows, _), out in zip(self._in_projections(d_pre_RN), outs, strict=False):
+            if out is not None:
+                self._grad_matrix(tokens, rows, out, gathered)
+
+    def grad_out_projection(self, grads: Tensor, wh_RI: Tensor | None, matrices: Matrices) -> None:
+        """Fill the gradient of w_out; `grads` is the gradient of y, or its rows."""
+        if matrices.w_out is not None:
+            assert wh_RI is not None
+            self._grad_matrix(grads, wh_RI, matrices.w_out.transpose(1, 2), self.gathered)
 
     def grad_biases(self, d_pre_RN: Tensor, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return (d_b_in, d_b_up, d_b_out); `grads` is the gradient of y, or its rows."""
@@ -206,17 +292,20 @@ class Call:
             return [(d_pre_RN, w_in)]
         return [(d_pre_RN[:, :inter], w_in), (d_pre_RN[:, inter:], w_up)]
 
-    def _grad_matrix(
-        self, tokens: Tensor, rows: Tensor, param: Tensor, gathered: bool, *, swap: bool = False
-    ) -> Tensor:
-        out = torch.empty_like(param)
+    def _grad_matrix(self, tokens: Tensor, rows: Tensor, out_LHQ: Tensor, gathered: bool) -> None:
         grad_params.grad_weight(
             tokens,
             rows,
-            out.transpose(1, 2) if swap else out,
+            out_LHQ,
             self.routing,
             self.plan.grad_weight,
             self.top_k,
             gathered=gathered,
         )
-        return out
+
+
+def _borrow(lender: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """Return a contiguous tensor of `shape` in the memory of `lender`, None if it does not fit."""
+    if lender is None or lender.numel() < shape[0] * shape[1]:
+        return None
+    return lender.as_strided(shape, (shape[1], 1))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from comet_compile.kernels import fused_backward, grad_routing, layer_backward
+from comet_compile.kernels import fused_backward, grad_routing
 from comet_compile.kernels.exchange_call import ExchangeCall
 from comet_compile.kernels.exchange_plan import ExchangePlan
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
@@ -123,19 +123,8 @@ class BackwardCall(ExchangeCall):
             plan=plan,
             gathered=plan.gathers,
         )
-        grads = local.gather(local.grad_TH) if plan.gathers else local.grad_TH
-        d_pre_RN, wh_RI, d_w_PR = layer_backward.grad_hidden(
-            grads,
-            saved_SN,
-            local.weights_at("between", "after"),
-            self.routing,
-            params,
-            self.math,
-            plan.grad_hidden,
-            self.top_k,
-            gathered=plan.gathers,
-            arrive=self.more_arrive,
-        )
+        grads, matrices = local.gather_grads(), local.new_matrices()
+        d_pre_RN, wh_RI, d_w_PR = local.grad_hidden(grads, saved_SN, matrices, self.more_arrive)
         self.rows_RH = self.multiply_and_send(
             d_pre_RN,
             params.w_in.transpose(1, 2),
@@ -152,10 +141,10 @@ class BackwardCall(ExchangeCall):
             d_w_TA = local.grad_scores(d_w_PR)
             assert d_w_TA is not None
             self._push_scores(d_w_TA)
-        self.param_grads = (
-            *local.grad_matrices(d_pre_RN, wh_RI, grads),
-            *local.grad_biases(d_pre_RN, grads),
-        )
+        d_biases = local.grad_biases(d_pre_RN, grads)
+        local.grad_out_projection(grads, wh_RI, matrices)
+        local.grad_in_projections(d_pre_RN, matrices, grads if local.gathered else None)
+        self.param_grads = (matrices.w_in, matrices.w_up, matrices.w_out, *d_biases)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Return the gradients; those of tokens and weights have what the peers sent."""

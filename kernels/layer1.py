@@ -36,11 +36,16 @@ def gemm_rows(
     bias_LH: Tensor | None,
     routing: TileRouting,
     tiles: GemmTiles,
+    out_RH: Tensor | None = None,
 ) -> Tensor:
-    """Return [R, H], row r times the matrix of its tile's expert."""
+    """Return [R, H], row r times the matrix of its tile's expert.
+
+    `out_RH`: memory for them, new if None.
+    """
     num_rows, inter = h_RI.shape
     hidden = w_LIH.shape[2]
-    out_RH = h_RI.new_empty(num_rows, hidden)
+    if out_RH is None:
+        out_RH = h_RI.new_empty(num_rows, hidden)
     if num_rows == 0:
         return out_RH
     view = view_weight(w_LIH)
@@ -60,6 +65,7 @@ def gemm_rows(
         BN=tiles.block_n,
         BK=tiles.block_k,
         GROUP_M=tiles.group_m,
+        FLAT=tiles.flat,
         K_CONTIGUOUS=view.k_contiguous,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -118,12 +124,13 @@ def gemm_rows_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLAT: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
 ):
     """Grid and order: as in `layer0.gather_gemm_act_kernel`."""
     num_m = tl.load(num_tiles_ptr)
     num_n: tl.constexpr = (N + BN - 1) // BN
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLAT):
         tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
         acc = multiply_tile(
             tile_m, start_n, h_desc, w_desc, None, expert_M_ptr, bias_ptr, stride_bias, K, N, BM,

@@ -63,6 +63,7 @@ def gemm_combine_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLAT: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     P: tl.constexpr,
     BT: tl.constexpr,
@@ -89,7 +90,7 @@ def gemm_combine_kernel(
             # senders have none of these: their start is behind the end
             start = tl.where(is_sender, num_tiles, split + pid - num_senders)
             stop, step = num_tiles, num_programs - num_senders
-        for tile in tl.range(start, stop, step):
+        for tile in tl.range(start, stop, step, flatten=FLAT):
             index, start_n = tile_in_parts(tile, first, num_m, num_n, GROUP_M, BN)
             tile_m = tl.load(tile_M_ptr + num_m - 1 - index)
             acc = multiply_tile(

@@ -53,27 +53,35 @@ def gather_rows(
     routing: TileRouting,
     top_k: int,
     weights_TA: Tensor | None = None,
+    rows_RH: Tensor | None = None,
 ) -> Tensor:
-    """Return [R, H], the token of each tile row, times its weight; rows of padding are zero."""
+    """Return [R, H], the token of each tile row, times its weight; rows of padding are zero.
+
+    `rows_RH`: memory for them, new if None.
+    """
     num_rows, hidden = routing.slot_R.shape[0], tokens_TH.shape[1]
-    rows_RH = tokens_TH.new_empty(num_rows, hidden)
+    if rows_RH is None:
+        rows_RH = tokens_TH.new_empty(num_rows, hidden)
     block_h = min(2048, power_of_2(hidden))
     if num_rows:
+        num_tokens, num_tiles = tokens_TH.shape[0], num_rows // routing.block_m
         launch(
             gather_rows_kernel,
-            full_grid(num_rows // routing.block_m, div_up(hidden, block_h)),
+            full_grid(num_tokens + num_tiles, div_up(hidden, block_h)),
             tokens_TH,
             rows_RH,
             weights_TA,
+            routing.row_S,
             routing.slot_R,
             routing.num_tiles,
             tokens_TH.stride(0),
+            num_tokens,
             TOP_K=top_k,
             H=hidden,
             BM=routing.block_m,
             ROWS=4,
             BH=block_h,
-            num_warps=8,
+            num_warps=4,
         )
     return rows_RH
 
@@ -90,8 +98,9 @@ def grad_hidden(
     *,
     gathered: bool = False,
     arrive: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (d_pre [R, N], wh [R, I], d_w partial sums [I / block_n, R] float32).
+    wh_RI: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (d_pre [R, N], d_w partial sums [I / block_n, R] float32); fill `wh_RI` if given.
 
     `grad_rows` is the gradient of the tokens [T, H], or of their rows [R, H] (`gather_rows`), if
     `gathered`. The columns of d_pre are those of `saved_SN`: halves, or interleaved. Without
@@ -102,15 +111,14 @@ def grad_hidden(
     num_rows, columns = routing.slot_R.shape[0], saved_SN.shape[1]
     inter, hidden = params.w_out.shape[1:]
     d_pre_RN = saved_SN.new_empty(num_rows, columns)
-    wh_RI = saved_SN.new_empty(num_rows, inter)
     num_n = div_up(inter, tiles.block_n)
     d_w = torch.empty(num_n, num_rows, dtype=torch.float32, device=saved_SN.device)
     if num_rows == 0:
-        return d_pre_RN, wh_RI, d_w
+        return d_pre_RN, d_w
     view = view_weight(params.w_out.transpose(1, 2))
     interleaved = act.interleaved and params.w_up is None
     # columns of one step of the epilogue; an interleaved pair takes twice the registers
-    part = 16 if tiles.block_n > 128 or interleaved else tiles.block_n // 4
+    part = 16 if interleaved else 32
     box = (tiles.block_m, 2 * part if interleaved else part)
     launch(
         grad_hidden_kernel,
@@ -126,7 +134,9 @@ def grad_hidden(
         descriptor(d_pre_RN[:, inter:], (num_rows, inter), (columns, 1), box)
         if act.gated and not interleaved
         else None,
-        descriptor(wh_RI, (num_rows, inter), (inter, 1), (tiles.block_m, part)),
+        None
+        if wh_RI is None
+        else descriptor(wh_RI, (num_rows, inter), (inter, 1), (tiles.block_m, part)),
         d_w,
         saved_SN,
         routing.slot_R,
@@ -147,6 +157,7 @@ def grad_hidden(
         BK=tiles.block_k,
         PART=part,
         GROUP_M=tiles.group_m,
+        FLAT=tiles.flat,
         GATHERED=gathered,
         INTERLEAVED=interleaved,
         K_CONTIGUOUS=view.k_contiguous,
@@ -157,7 +168,7 @@ def grad_hidden(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return d_pre_RN, wh_RI, d_w
+    return d_pre_RN, d_w
 
 
 @triton.jit
@@ -165,31 +176,44 @@ def gather_rows_kernel(
     tokens_ptr,  # [T, H], rows stride_tokens apart
     rows_ptr,  # [R, H]
     weights_ptr,  # [S] or None
+    row_S_ptr,
     slot_R_ptr,
     num_tiles_ptr,
     stride_tokens,
+    num_tokens,
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     BM: tl.constexpr,
     ROWS: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Grid: (tiles, blocks of BH columns). ROWS rows are in flight at a time."""
-    tile = tl.program_id(0)
+    """Grid: (T tokens, then tiles; blocks of BH columns).
+
+    A token's program reads it once and writes all its rows, a tile's clears the rows of padding,
+    ROWS at a time. (A program that read a row for each it writes would read TOP_K times as much.)
+    """
     cols = tl.program_id(1) * BH + tl.arange(0, BH)
-    if tile < tl.load(num_tiles_ptr):
-        for first in range(0, BM, ROWS):
-            row = tile * BM + first + tl.arange(0, ROWS)
-            slot = tl.load(slot_R_ptr + row)
-            token = tl.maximum(slot, 0) // TOP_K
-            is_column = (cols < H)[None, :]
-            ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + cols[None, :]
-            values = tl.load(ptrs, mask=(slot >= 0)[:, None] & is_column, other=0.0)
+    is_column = cols < H
+    if tl.program_id(0) < num_tokens:
+        token = tl.program_id(0).to(tl.int64)
+        values = tl.load(tokens_ptr + token * stride_tokens + cols, mask=is_column, other=0.0)
+        for j in tl.static_range(TOP_K):
+            row = tl.load(row_S_ptr + token * TOP_K + j).to(tl.int64)
+            scaled = values
             if weights_ptr is not None:
-                scale = tl.load(weights_ptr + tl.maximum(slot, 0), mask=slot >= 0, other=0.0)
-                values = values.to(tl.float32) * scale.to(tl.float32)[:, None]
-            row_ptrs = rows_ptr + row[:, None].to(tl.int64) * H + cols[None, :]
-            tl.store(row_ptrs, values.to(rows_ptr.dtype.element_ty), mask=is_column)
+                weight = tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
+                scaled = (values.to(tl.float32) * weight).to(values.dtype)
+            end = tl.where(row >= 0, H, 0)
+            tl.store(rows_ptr + row * H + cols, scaled, mask=cols < end)
+    else:
+        tile = tl.program_id(0) - num_tokens
+        if tile < tl.load(num_tiles_ptr):
+            for first in range(0, BM, ROWS):
+                row = tile * BM + first + tl.arange(0, ROWS)
+                is_padding = tl.load(slot_R_ptr + row) < 0
+                ptrs = rows_ptr + row[:, None].to(tl.int64) * H + cols[None, :]
+                zeros = tl.zeros((ROWS, BH), rows_ptr.dtype.element_ty)
+                tl.store(ptrs, zeros, mask=is_padding[:, None] & is_column[None, :])
 
 
 @triton.jit
@@ -198,7 +222,7 @@ def grad_hidden_kernel(
     w_desc,  # [1, L, I, H] or [1, L, H, I]
     d_first_desc,  # [R, I], or [R, N] of the interleaved pair
     d_second_desc,  # [R, I] or None
-    wh_desc,  # [R, I]
+    wh_desc,  # [R, I] or None
     d_w_ptr,  # [I / BN, R]
     saved_ptr,  # [S, N]
     slot_R_ptr,
@@ -219,6 +243,7 @@ def grad_hidden_kernel(
     BK: tl.constexpr,
     PART: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLAT: tl.constexpr,
     GATHERED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
@@ -232,7 +257,7 @@ def grad_hidden_kernel(
     num_n: tl.constexpr = (I + BN - 1) // BN
     offs_k = tl.arange(0, BK)
     patience = PATIENCE
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLAT):
         tile_m, start_n = tile_of(tile, num_m, num_n, GROUP_M, BN)
         patience = keep_pace(arrive_ptr, tile, num_m * num_n, GROUP_M, patience)
         expert = tl.load(expert_M_ptr + tile_m)
@@ -295,7 +320,7 @@ def _grad_columns(
     UP_FIRST: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """Store d_pre and wh of BN columns; return their part of each row's d_w.
+    """Store d_pre, and wh if wanted, of BN columns; return their part of each row's d_w.
 
     PART columns at a time: all of them at once would not fit into registers.
     """
@@ -324,15 +349,16 @@ def _grad_columns(
         d_h = tl.where(mask, d_h, 0.0)
         h = tl.where(mask, activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP), 0.0)
         d_w = tl.sum(d_h * h, 1)
-        wh_desc.store([start_row, start_n], (h * scale[:, None]).to(wh_desc.dtype))
+        if wh_desc is not None:
+            wh_desc.store([start_row, start_n], (h * scale[:, None]).to(wh_desc.dtype))
         d_first, d_second = activate_backward(
             d_h * scale[:, None], first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP
         )
         if INTERLEAVED:
             d_pre = tl.join(d_first, d_second).reshape(BM, 2 * BN)
-            d_first_desc.store([start_row, 2 * start_n], d_pre.to(wh_desc.dtype))
+            d_first_desc.store([start_row, 2 * start_n], d_pre.to(d_first_desc.dtype))
         else:
-            d_first_desc.store([start_row, start_n], d_first.to(wh_desc.dtype))
+            d_first_desc.store([start_row, start_n], d_first.to(d_first_desc.dtype))
             if GATED:
-                d_second_desc.store([start_row, start_n], d_second.to(wh_desc.dtype))
+                d_second_desc.store([start_row, start_n], d_second.to(d_first_desc.dtype))
     return d_w

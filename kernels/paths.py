@@ -32,43 +32,28 @@ class Choice:
     """The path of one layer, and whether running it reads the device on the host."""
 
     is_fused: bool
-    backward_is_fused: bool
     reads_host: bool
-    backward_reads_host: bool
     plan: dict[str, Any]
     """The plan as plain data, for reports; a portable one says `why_portable`."""
 
 
 def choose_path(
-    form: str, routed: Routed, params: ExpertParams, math: LayerMath, *, rows: int, save: str
+    form: str, routed: Routed, params: ExpertParams, math: LayerMath, *, rows: int
 ) -> Choice:
-    """Return how a layer of these tensors, fake ones included, will run.
+    """Return how a layer of these tensors, fake ones included, will run both ways.
 
-    `rows` is the most token rows that any rank receives, `save` what the forward keeps.
+    `rows` is the most token rows that any rank receives.
     """
     dtype, on_gpu = routed.x.dtype, routed.x.device.type == "cuda"
     plan = portable.plan_for(form, rows=rows, hidden=params.w_in.shape[1], dtype=dtype)
     loops = on_gpu and (form == "all_to_all" or not is_grouped_dtype(dtype))
     reason = why_portable(routed, params, math)
     if reason is not None:
-        return Choice(False, False, loops, loops, {**plan, "why_portable": reason})
+        return Choice(False, loops, {**plan, "why_portable": reason})
     gemms = _fused().plan_layer(routed, params, math, num_slots=rows)
     # Ranks on several machines, which only the first run can tell, take the portable path.
     reads_host = form == "all_to_all" and not _on_one_machine()
-    backward = _why_backward_portable(form, params, math, save == "pre_activation")
-    backward_reads_host = reads_host or (loops and backward is not None)
-    plan = {**gemms.as_dict(), "form": form}
-    if backward is not None:
-        plan["why_backward_portable"] = backward
-    return Choice(True, backward is None, reads_host, backward_reads_host, plan)
-
-
-def _why_backward_portable(
-    form: str, params: ExpertParams, math: LayerMath, saved: bool
-) -> str | None:
-    if form == "all_to_all":
-        return None  # it computes the rows again
-    return _fused_backward().why_not(params, math, saved)
+    return Choice(True, reads_host, {**gemms.as_dict(), "form": form})
 
 
 def _on_one_machine() -> bool:
@@ -134,9 +119,8 @@ def local_backward(
 
     What `needs` does not ask for is None. `number` is that of `validate.check_again`.
     """
-    has_rows = saved.dim() == 2
     plan = _plan_here(routed, params, math, number)
-    if plan is not None and _fused_backward().why_not(params, math, has_rows) is None:
+    if plan is not None:
         with _on_device(grad_y.device):
             return _replay(
                 ("local_backward", number, describe(grad_y), describe(saved), needs),
@@ -145,7 +129,7 @@ def local_backward(
                     grad_y, routed, saved, params, math, needs, plan
                 ),
             )
-    pre = saved if has_rows else None
+    pre = saved if saved.dim() == 2 else None
     d_x, d_weights, part = portable.local_backward(grad_y, routed, pre, params, math, needs)
     return d_x, d_weights, *weight_gradients([part], params, needs)
 

@@ -20,6 +20,10 @@ import torch
 # 13.0 (DeepSeek-V3), 0.73 instead of 0.77 (Qwen3-30B), 5.4 instead of 5.8 (Mixtral; 2 x H100, 8192
 # tokens a rank, triton 3.6.0, benchmarks/results/kernels_ep_h100.json).
 _PACED_K = 2048
+# With rows that come by descriptor CTAs drift less: grad_hidden of 256 columns, flat and unpaced,
+# is faster for Qwen3-30B and Mixtral (H = 2048, 4096), slower for DeepSeek-V3 (7168; H100,
+# benchmarks/results/kernels_backward_h100.json).
+_DRIFTING_K = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,8 @@ class GemmTiles:
     num_programs: int
     # CTAs wait for those with the tiles beside theirs (`sync.keep_pace`)
     paced: bool = False
+    # a CTA's tiles are one loop: it fetches rows of its next tile while it stores this one
+    flat: bool = False
 
     def num_arrivals(self, num_row_tiles: int, columns: int) -> int:
         """Return how many counters the pacing of at most that many row tiles takes."""
@@ -60,7 +66,7 @@ class Plan:
     grad_hidden: GemmTiles
     grad_weight: GemmTiles
     # the backward brings tokens and gradients into the experts' order once, in front of its GEMMs
-    gathers: bool = False
+    gathers: bool
 
     @property
     def block_m(self) -> int:
@@ -105,12 +111,12 @@ def choose_plan(
     inter: int,
     *,
     gated: bool,
-    wide: bool,
+    interleaved: bool,
     device: Device,
 ) -> Plan:
     """Return the plan for a layer on one device.
 
-    `wide` says that gate and up are one dot.
+    `interleaved` says that the columns of gate and up alternate.
     """
     rows = num_slots / max(1, min(num_experts, num_slots))
     columns = 2 if gated else 1
@@ -125,19 +131,30 @@ def choose_plan(
     paced = hidden >= _PACED_K and block_m >= 64
     layer0 = dataclasses.replace(layer0, paced=paced)
     layer1 = _tiles(block_m, 256, warps, inter, hidden, num_slots, num_experts, device)
+    layer1 = dataclasses.replace(layer1, flat=block_m >= 64)
     if gated:
         layer0 = dataclasses.replace(
             layer0, num_stages=_stages(block_m, 2 * layer0.block_n, layer0, device)
         )
-    grad_hidden, grad_weight = _grad_hidden(layer0, layer1), _grad_weight(layer1, device)
-    return Plan(layer0, layer1, grad_hidden, grad_weight, gathers=True)
+    # wider, two columns of each would not fit into registers; other devices were not measured
+    may_widen = hidden <= _DRIFTING_K and not interleaved and device.capability[0] == 9
+    grad_hidden = _grad_hidden(layer0, layer1, inter, may_widen)
+    return Plan(layer0, layer1, grad_hidden, _grad_weight(layer1, device), gathers=True)
 
 
-def _grad_hidden(layer0: GemmTiles, layer1: GemmTiles) -> GemmTiles:
-    """Narrower than layer1's, for its epilogue's registers."""
-    block_n = max(64, min(128, layer1.block_n))
-    stages = layer1.num_stages + (1 if block_n < layer1.block_n else 0)
-    return dataclasses.replace(layer1, block_n=block_n, num_stages=stages, paced=layer0.paced)
+def _grad_hidden(layer0: GemmTiles, layer1: GemmTiles, inter: int, may_widen: bool) -> GemmTiles:
+    """Wide and flat, if it may be and wastes few columns.
+
+    Of its time more than half is the epilogue's, which moves nearly as many bytes as a GEMM of so
+    few columns does; `flat` has the next tile's rows come meanwhile.
+    """
+    narrow = dataclasses.replace(layer1, block_n=max(64, min(128, layer1.block_n)), flat=False)
+    if layer1.block_m < 128:
+        return narrow
+    if may_widen and layer1.block_n == 256 and -(-inter // 256) * 256 <= 1.05 * inter:
+        return dataclasses.replace(layer1, num_stages=min(3, layer1.num_stages), flat=True)
+    stages = layer1.num_stages + (1 if layer1.block_n > 128 else 0)
+    return dataclasses.replace(narrow, num_stages=stages, paced=layer0.paced)
 
 
 def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
@@ -148,7 +165,9 @@ def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
     (Mixtral; H100, 8192 tokens, half the experts,
     benchmarks/results/kernels_backward_*_h100.json).
     """
-    tiles = dataclasses.replace(layer1, block_m=128, block_n=256, block_k=64, num_warps=8)
+    tiles = dataclasses.replace(
+        layer1, block_m=128, block_n=256, block_k=64, num_warps=8, flat=False
+    )
     return dataclasses.replace(tiles, num_stages=min(3, _stages(128, 256, tiles, device)))
 
 

@@ -20,8 +20,10 @@ def describe(layer: Layer) -> str:
     )
 
 
-def estimate(layer: Layer) -> dict[str, Any]:
-    """Work of one forward call at the traced size: slots, FLOPs, bytes sent to other ranks."""
+def estimate(layer: Layer, save: str) -> dict[str, Any]:
+    """Work of one forward call at the traced size: slots, FLOPs, bytes sent to other ranks, and
+    bytes kept for the backward beside the layer's own inputs.
+    """
     candidate, pair = layer.candidate, layer.candidate.pair
     sizes = size_choices(candidate.nodes)[0]
     rows = concrete(numel(val(candidate.x).shape[:-1]), sizes) * candidate.top_k
@@ -33,7 +35,11 @@ def estimate(layer: Layer) -> dict[str, Any]:
         sent = 2 * rows * hidden * itemsize * (ranks - 1) // ranks
     elif layer.form.name == "replicated":
         sent = 2 * (rows // candidate.top_k) * hidden * itemsize * (ranks - 1) // ranks
-    return {"rows": rows, "flops": 2 * rows * hidden * columns, "bytes_sent": sent}
+    saved = 0
+    if save == "pre_activation":
+        saved = rows * sum(gemm.out_features for gemm in pair.ins) * itemsize
+    flops = 2 * rows * hidden * columns
+    return {"rows": rows, "flops": flops, "bytes_sent": sent, "bytes_saved": saved}
 
 
 def summary(regions: list[records.RegionRecord]) -> str:

@@ -142,10 +142,12 @@ class _Session:
         layer, gradients = outcome
         before = self._picture(layer) if self.is_recording else None
         where = source_line(pair.out.node) or source_line(layer.candidate.y)
-        work = estimate(layer)
-        rewritten = replace(layer, gradients, self._save(layer), self.graph)
+        save = self._save(layer) if gradients else "nothing"
+        work = estimate(layer, save)
+        rewritten = replace(layer, gradients, save, self.graph)
         path = _choose_path(layer, rewritten, work["rows"])
-        rewritten.mark_syncing(path.reads_host, path.backward_reads_host)
+        if path.reads_host:
+            rewritten.mark_syncing()
         self.rewritten.append(rewritten)
         after = pictures.around_op(rewritten.forward) if self.is_recording else None
         return records.RegionRecord(
@@ -156,7 +158,7 @@ class _Session:
             reason=None,
             detail=describe(layer),
             where=where,
-            plan={**path.plan, "save": rewritten.forward.kwargs["save"]},
+            plan={**path.plan, "save": save},
             estimate=work,
             backward=_backward_path(gradients, path),
             before=before,
@@ -300,7 +302,7 @@ def _backward_path(
 ) -> Literal["fused", "portable", "none"]:
     if gradients is None:
         return "none"
-    return "fused" if path.backward_is_fused else "portable"
+    return "fused" if path.is_fused else "portable"
 
 
 @contextlib.contextmanager
@@ -330,7 +332,6 @@ def _choose_path(layer: Layer, rewritten: Rewritten, rows: int) -> paths.Choice:
         ExpertParams(*tensors[3:]),
         math,
         rows=rows,
-        save=rewritten.forward.kwargs["save"],
     )
 
 

@@ -58,11 +58,10 @@ class Rewritten:
     backward: fx.Node | None
     region: frozenset[fx.Node]
 
-    def mark_syncing(self, forward: bool, backward: bool) -> None:
+    def mark_syncing(self) -> None:
         """Take the twins of the ops that Inductor must not capture in a CUDA graph."""
-        if forward:
-            self.forward.target = torch.ops.comet.moe_layer_syncing.default
-        if backward and self.backward is not None:
+        self.forward.target = torch.ops.comet.moe_layer_syncing.default
+        if self.backward is not None:
             self.backward.target = torch.ops.comet.moe_layer_backward_syncing.default
 
 
@@ -113,7 +112,7 @@ def replace(layer: Layer, gradients: Gradients | None, save: str, graph: fx.Grap
     """Rewrite one region; `blocked` must have found nothing. `finish` must follow."""
     region = set(layer.candidate.nodes) - set(layer.candidate.inputs)
     region |= descendants(region) & _waits(graph)
-    forward, arguments = _emit_forward(layer, save if gradients else "nothing")
+    forward, arguments = _emit_forward(layer, save)
     _keep_what_a_policy_keeps(forward, layer)
     y, saved = getters(forward, 2)
     backward = None

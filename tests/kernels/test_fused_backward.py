@@ -294,7 +294,7 @@ def test_tilings(plan: Plan, activation: str) -> None:
 
 def test_the_chosen_tiles_of_the_weight_gradients() -> None:
     device = Device(num_sms=2, shared_bytes=2**18, capability=(9, 0))
-    chosen = choose_plan(40, 3, 136, 136, gated=True, wide=True, device=device).grad_weight
+    chosen = choose_plan(40, 3, 136, 136, gated=True, interleaved=False, device=device).grad_weight
     assert chosen.block_m >= 128
     check(
         small_case(num_tokens=20, hidden=136, inter=136),
@@ -355,9 +355,34 @@ def test_strided_biases() -> None:
         assert torch.equal(grad, expected[name]), name
 
 
-@pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("weight_place", ["before", "between", "after"])
-def test_why_not(weight_place: str, biases: bool) -> None:
-    case = small_case(weight_place=weight_place, biases=biases)
-    assert fused_backward.why_not(params(case), math(case), True) is None
-    assert fused_backward.why_not(params(case), math(case), False) == "the forward kept no rows"
+@pytest.mark.parametrize(
+    ("activation", "permuted", "weight_place"),
+    covering(
+        ["silu_glu", "silu_glu:interleaved", "relu2"],
+        [False, True],
+        ["before", "between", "after"],
+    ),
+)
+def test_rows_computed_again_give_the_same_bits(
+    activation: str, permuted: bool, weight_place: str
+) -> None:
+    options = {"activation": activation, "permuted": permuted, "weight_place": weight_place}
+    case = small_case(num_tokens=13, biases=True, **options)
+    assert_same_bits_from_computed_rows(case, Needs())
+
+
+@pytest.mark.parametrize("needs", [Needs(), Needs(w_in=False), Needs(w_out=False)], ids=str)
+def test_rows_computed_again_where_their_memory_is_borrowed_or_not(needs: Needs) -> None:
+    # 300 tokens' rows do not fit into the gradient of w_in, those of 9 do
+    for num_tokens in (300, 9):
+        case = small_case(num_tokens=num_tokens, separate_up=True)
+        assert_same_bits_from_computed_rows(case, needs)
+
+
+def assert_same_bits_from_computed_rows(case: Case, needs: Needs) -> None:
+    nothing = torch.empty(0, dtype=case.x.dtype)
+    args = routed(case), nothing, params(case), math(case), needs, SMALL
+    got = fused_backward.local_backward(case.grad_y, *args)
+    for name, grad, kept in zip(GRAD_NAMES, got, run(case, needs), strict=True):
+        assert (grad is None) == (kept is None), name
+        assert grad is None or torch.equal(grad, kept), name

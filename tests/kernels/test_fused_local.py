@@ -189,7 +189,7 @@ def test_chosen_plans(num_tokens: int) -> None:
         num_tokens=num_tokens, hidden=40, inter=72, permuted=True, dtype=torch.float32
     )
     device = Device(num_sms=2, shared_bytes=232448, capability=(9, 0))
-    plan = choose_plan(num_tokens * 2, 3, 40, 72, gated=True, wide=True, device=device)
+    plan = choose_plan(num_tokens * 2, 3, 40, 72, gated=True, interleaved=False, device=device)
     check_fused(case, plan)
 
 
