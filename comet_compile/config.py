@@ -94,7 +94,9 @@ class CometConfig:
         "auto", _choice("auto", "nothing", "pre_activation")
     )
     """What the forward keeps for the backward beside its own inputs: ``nothing`` recomputes,
-    ``pre_activation`` keeps the rows in front of the activation, ``auto`` chooses by form."""
+    ``pre_activation`` keeps the rows in front of the activation. ``auto`` keeps them, but between
+    ranks only on the fused path and up to an eighth of the device's memory for all layers of a
+    graph: there is room for every rank's tokens, which is more than arrive."""
 
     max_proof_rows: int = _option(4_194_304, _POSITIVE_INT)
     """Largest number of rows (tokens times top-k) that the prover simulates for a region of one

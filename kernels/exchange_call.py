@@ -18,6 +18,7 @@ from torch import Tensor
 
 from comet_compile.kernels import layer0
 from comet_compile.kernels.exchange_kernels import (
+    fetch_tokens_kernel,
     publish_tokens_kernel,
     receive_routing_kernel,
 )
@@ -265,6 +266,31 @@ class ExchangeCall:
             num_stages=tiles.num_stages,
         )
         return h_RI
+
+    def fetch(self, *, tokens: bool) -> None:
+        """Fetch the gradients of the peers' tokens, and the tokens if asked."""
+        block_h = power_of_2(self.hidden)
+        launch(
+            fetch_tokens_kernel,
+            full_grid(self.num_sms),
+            self.tokens if tokens else None,
+            self.layout.tokens,
+            self.grads,
+            self.layout.grads,
+            self.workspace.peers,
+            self.ids_S,
+            self.num_tokens_P,
+            self.workspace.rank,
+            self.capacity,
+            A=self.top_k,
+            L=self.params.num_experts,
+            H=self.hidden,
+            P=self.num_ranks,
+            BT=self.plan.block_tokens,
+            BH=block_h,
+            ROWS=max(1, 16384 // block_h),
+            num_warps=8,
+        )
 
     def combine(self, h_RI: Tensor) -> Tensor:
         """Return the experts' output rows [R, H]; every peer has been sent its tokens' sums."""

@@ -3,6 +3,7 @@
     publish_tokens     copy this rank's tokens, ids and weights where peers can read them; tell them
     receive_routing    wait for the peers; which of their slots belong to experts of this rank
     pull_tokens        (inside layer0) fetch the tokens behind those slots, each once
+    fetch_tokens       the same for a backward that needs no layer0
 
 What goes back is in `exchange_sums`, and for the gradients of routing weights in `grad_routing`.
 
@@ -222,6 +223,38 @@ def pull_tokens(
                 tl.store(landing + offs, tl.load(source + offs, mask=mask), mask=mask)
             if fetched_ptr is not None:
                 count_in(fetched_ptr + turn, "gpu")
+
+
+@triton.jit
+def fetch_tokens_kernel(
+    tokens_ptr,  # [P, C, H] symmetric, or None
+    tokens_offset,
+    grads_ptr,  # the same, the gradients of y
+    grads_offset,
+    peers_ptr,
+    ids_S_ptr,
+    num_tokens_P_ptr,
+    me,
+    C,
+    A: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Fetch the gradients of the peers' tokens, and the tokens. Grid: any number of programs."""
+    pid, num_programs = tl.program_id(0), tl.num_programs(0)
+    pull_tokens(
+        pid, num_programs, peers_ptr, grads_offset, grads_ptr, ids_S_ptr, num_tokens_P_ptr, None,
+        me, C, A, L, H, P, BT, BH, ROWS,
+    )  # fmt: skip
+    if tokens_ptr is not None:
+        pull_tokens(
+            pid, num_programs, peers_ptr, tokens_offset, tokens_ptr, ids_S_ptr, num_tokens_P_ptr,
+            None, me, C, A, L, H, P, BT, BH, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit

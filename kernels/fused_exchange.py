@@ -33,15 +33,18 @@ def all_to_all_forward(
     workspace: Workspace,
     deadline: float,
     out_TH: Tensor,
+    saved_SN: Tensor | None = None,
 ) -> tuple[()]:
     """Write y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
 
-    `deadline` is in seconds. Returns nothing, as `recording.replay` wants it.
+    `saved_SN`, with room for all slots of all ranks, is given the rows in front of the activation
+    as by `layer0.gather_gemm_act`. `deadline` is in seconds. Returns nothing, as
+    `recording.replay` wants it.
     """
     call = ExchangeCall(routed, params, math, plan, workspace, deadline)
     call.publish()
     call.receive()
-    call.sum_own(call.combine(call.compute_hidden()), out_TH)
+    call.sum_own(call.combine(call.compute_hidden(saved_SN)), out_TH)
     return ()
 
 
@@ -54,12 +57,17 @@ def all_to_all_backward(
     plan: ExchangePlan,
     workspace: Workspace,
     deadline: float,
+    saved_SN: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
     What `needs` does not ask for, or whose input is None, is None; d_x must be asked for.
+    `saved_SN`: what the forward was given under that name; None has the rows computed again. That
+    is each rank's own affair.
     """
-    call = BackwardCall(grad_y, routed, params, math, needs, plan, workspace, deadline)
+    call = BackwardCall(
+        grad_y, routed, params, math, needs, plan, workspace, deadline, saved_SN=saved_SN
+    )
     call.publish()
     call.receive()
     call.compute()
@@ -69,9 +77,9 @@ def all_to_all_backward(
 class BackwardCall(ExchangeCall):
     """The stages of one backward on one rank.
 
-    Tokens and the gradients of y are fetched while the rows in front of the activation are computed
-    again; from then on it is the local backward on P*C tokens. The gradients of the tokens travel
-    while those of the parameters are computed.
+    Tokens and the gradients of y are fetched, while the rows in front of the activation are
+    computed again if they were not saved; from then on it is the local backward on P*C tokens. The
+    gradients of the tokens travel while those of the parameters are computed.
     """
 
     def __init__(
@@ -85,13 +93,14 @@ class BackwardCall(ExchangeCall):
         workspace: Workspace,
         deadline: float,
         *,
+        saved_SN: Tensor | None = None,
         clock: bool = True,
     ) -> None:
         super().__init__(
             routed, params, math, plan, workspace, deadline,
             grad_y=grad_y.to(routed.x.dtype), clock=clock,
         )  # fmt: skip
-        self.needs = needs
+        self.needs, self.saved_SN = needs, saved_SN
         self.needs_weights = needs.weights and self.weights is not None
         self.weights_dtype = None if routed.weights is None else routed.weights.dtype
         self.scores = workspace.view(
@@ -105,10 +114,7 @@ class BackwardCall(ExchangeCall):
     def compute(self) -> None:
         """Compute all gradients; every peer has been sent those of its tokens and weights."""
         params, plan = self.params, self.plan.gemms
-        num_slots = self.ids_S.shape[0]
-        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
-        saved_SN = self.x.new_empty(num_slots, columns)
-        self.compute_hidden(saved_SN)
+        saved_SN = self._rows()
         assert self.grads is not None
         weights_TA = None if self.weights_S is None else self.weights_S.view(-1, self.top_k)
         local = fused_backward.Call(
@@ -152,6 +158,18 @@ class BackwardCall(ExchangeCall):
         d_x_TH = self.x.new_empty(self.num_tokens, self.hidden)
         self.sum_and_end(self.rows_RH, self._weights_before(), d_x_TH)
         return d_x_TH, d_weights, *self.param_grads
+
+    def _rows(self) -> Tensor:
+        """Return the rows in front of the activation; tokens and gradients have been fetched."""
+        params, needs = self.params, self.needs
+        if self.saved_SN is not None:
+            dots = self.needs_weights and self.math.weight_place == "before"
+            self.fetch(tokens=needs.w_in or needs.w_up or dots)
+            return self.saved_SN
+        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
+        saved_SN = self.x.new_empty(self.ids_S.shape[0], columns)
+        self.compute_hidden(saved_SN)
+        return saved_SN
 
     def _weights_before(self) -> Tensor | None:
         return self.weights_S if self.math.weight_place == "before" else None

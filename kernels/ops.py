@@ -13,8 +13,10 @@ Meaning: ``y[t] = sum_j weights[t, j] * FFN_{ids[t, j]}(x[t])``, weights None = 
 
 `weight_place`: the routing weight multiplies the token row ("before"), the activated row
 ("between") or the expert's output row ("after"), in `product_dtype`. `save`: "pre_activation" keeps
-the rows in front of the activation for the backward, in an order private to the two ops. `token`
-orders the distributed ops of a graph: it is a data dependence in, a fresh int32 tensor out.
+the rows in front of the activation for the backward, in an order private to the two ops. With
+"all_to_all" that is room for P * S rows, and only a hint: the backward knows whether they were
+kept. `token` orders the distributed ops of a graph: it is a data dependence in, a fresh int32
+tensor out.
 
 Each op has a twin with the suffix ``_syncing``, of the same meaning, for a path that reads counts
 on the host: the twin alone carries the tag that keeps Inductor from capturing it in a CUDA graph.
@@ -83,20 +85,25 @@ def _moe_layer(
     group_name: str,
     save: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y [T, H], saved [S, N (+ I)] or [0], token)."""
+    """Return (y [T, H], saved [S, N (+ I)], [P * S, ...] or [0], token)."""
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
     checked = check_again(layer, activation, weight_place, product_dtype, form, group_name, save)
     routed, params, math, number = layer.routed, layer.params, checked.math, checked.number
     group = None
     if form != "local":
-        facts = {"out_dtype": out_dtype, "save": save}
+        facts: dict[str, Any] = {"out_dtype": out_dtype}
+        if form != "all_to_all":  # where what is kept is each rank's own affair
+            facts["save"] = save
         offer = paths.why_portable_here(routed, params, math, number)
         group, offers = _agreed_group(
             "comet::moe_layer", form, group_name, layer, checked, facts, offer
         )
         if form == "all_to_all" and group.size() > 1:
-            y = paths.all_to_all_forward(routed, params, math, out_dtype, group, offers, number)
-            return y, x.new_empty(0), _token_out(x, form)
+            y, saved = paths.all_to_all_forward(
+                routed, params, math, out_dtype, group, offers, number,
+                save=save == "pre_activation",
+            )  # fmt: skip
+            return y, saved, _token_out(x, form)
     y, saved = paths.local_forward(
         routed, params, math, out_dtype, save=save == "pre_activation", number=number
     )
@@ -131,8 +138,11 @@ def _moe_layer_fake(
     if save == "nothing":
         return y, x.new_empty(0), _token_out(x, form)
     columns = w_in.shape[2] + (0 if w_up is None else w_up.shape[2])
-    saved = x.new_empty(ids.shape[0] * ids.shape[1], columns)
-    return y, saved, _token_out(x, form)
+    num_slots = ids.shape[0] * ids.shape[1]
+    if form == "all_to_all":
+        name: Any = group_name
+        num_slots *= _resolve_process_group(name).size()
+    return y, x.new_empty(num_slots, columns), _token_out(x, form)
 
 
 def _moe_layer_backward(
@@ -174,7 +184,7 @@ def _moe_layer_backward(
         )
     if form == "all_to_all" and group is not None and group.size() > 1:
         grads = paths.all_to_all_backward(
-            grad_y, routed, params, math, wanted, group, offers, checked.number
+            grad_y, routed, saved, params, math, wanted, group, offers, checked.number
         )
     else:
         grads = paths.local_backward(grad_y, routed, saved, params, math, wanted, checked.number)

@@ -151,16 +151,28 @@ def all_to_all_forward(
     group: dist.ProcessGroup,
     offers: Sequence[str | None],
     number: int,
-) -> Tensor:
-    """Return y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
+    *,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return (y [T, H], saved) for tokens sharded over the group, expert e on rank ``e // L``.
 
     Fused where no rank objects (`offers`) and the ranks share a machine: facts that all ranks have
-    in common, so all take one path.
+    in common, so all take one path. `saved`, [0] unless asked for, has room for as many slots as
+    there would be if all ranks had this rank's tokens, and holds rows if `_ExchangePlan.keeps`,
+    else NaN.
     """
+    saved = routed.x.new_empty(0)
+    if save:
+        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
+        saved = routed.x.new_empty(group.size() * routed.ids.numel(), columns)
     call = _plan_exchange(routed, params, math, group, offers, number)
+    if save and (call is None or not call.keeps):
+        saved.fill_(float("nan"))
     if call is None:
-        return portable.all_to_all_forward(routed, params, math, out_dtype, group)
-    plan, workspace, num_rounds = call
+        return portable.all_to_all_forward(routed, params, math, out_dtype, group), saved
+    plan, num_rounds = call.plan, call.num_rounds
+    workspace = _workspace(call, group, routed.x.device)
+    kept = saved if save and call.keeps else None
     deadline = AGREEMENTS.seconds(group)
     y = routed.x.new_empty(routed.x.shape, dtype=out_dtype)
     with _on_device(routed.x.device):
@@ -171,20 +183,24 @@ def all_to_all_forward(
                 tokens = slice(index * plan.capacity, (index + 1) * plan.capacity)
                 part, y_part = _tokens_of(routed, tokens), y[tokens]
             _replay(
-                ("all_to_all_forward", number, out_dtype, plan.capacity, index, deadline),
-                (*_tensors(part), *_tensors(params), y_part),
+                (
+                    "all_to_all_forward", number, out_dtype, plan.capacity, index, deadline,
+                    kept is None,
+                ),
+                (*_tensors(part), *_tensors(params), y_part, kept),
                 functools.partial(
                     _fused_exchange().all_to_all_forward,
-                    part, params, math, plan, workspace, deadline, y_part,
+                    part, params, math, plan, workspace, deadline, y_part, kept,
                 ),
                 workspace.constants,
             )  # fmt: skip
-    return y
+    return y, saved
 
 
 def all_to_all_backward(
     grad_y: Tensor,
     routed: Routed,
+    saved: Tensor,
     params: ExpertParams,
     math: LayerMath,
     needs: Needs,
@@ -199,20 +215,29 @@ def all_to_all_backward(
     call = None
     if needs.x:
         call = _plan_exchange(routed, params, math, group, offers, number, backward=True)
-    if call is None or call[2] > 1:
+    if call is None or call.num_rounds > 1:
         d_x, d_weights, parts = portable.all_to_all_backward(
             grad_y, routed, params, math, needs, group
         )
         return d_x, d_weights, *weight_gradients(parts, params, needs)
-    plan, workspace, _ = call
+    plan, workspace = call.plan, _workspace(call, group, grad_y.device)
+    kept = saved if saved.dim() == 2 and call.keeps else None
     deadline = AGREEMENTS.seconds(group)
     with _on_device(grad_y.device):
         workspace.enter()
         return _replay(
-            ("all_to_all_backward", number, describe(grad_y), plan.capacity, needs, deadline),
-            (grad_y, *_tensors(routed), *_tensors(params)),
+            (
+                "all_to_all_backward",
+                number,
+                describe(grad_y),
+                describe(kept),
+                plan.capacity,
+                needs,
+                deadline,
+            ),
+            (grad_y, *_tensors(routed), *_tensors(params), kept),
             lambda: _fused_exchange().all_to_all_backward(
-                grad_y, routed, params, math, needs, plan, workspace, deadline
+                grad_y, routed, params, math, needs, plan, workspace, deadline, kept
             ),
             workspace.constants,
         )
@@ -241,12 +266,12 @@ def _plan_exchange(
     number: int,
     *,
     backward: bool = False,
-) -> tuple[Any, Any, int] | None:
-    """Return (plan, workspace, number of rounds), None for the portable path."""
+) -> _ExchangePlan | None:
+    """Return how a call runs between the ranks, None for the portable path."""
     if any(offer is not None for offer in offers):
         return None
     from comet_compile.kernels.links import link_of
-    from comet_compile.kernels.workspace import raise_if_lost, workspace_for
+    from comet_compile.kernels.workspace import raise_if_lost
 
     link = link_of(group, routed.x.device)
     if link.board is None:
@@ -258,8 +283,25 @@ def _plan_exchange(
     if known is None:
         known = _new_exchange_plan(routed, params, math, group, tokens, backward)
         _keep(_exchange_plans, key, known)
-    plan, num_rounds, num_bytes = known
-    return plan, workspace_for(num_bytes, group, routed.x.device), num_rounds
+    return known
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExchangePlan:
+    """How one call between ranks runs; all but `keeps` is the same on all of them."""
+
+    plan: Any
+    num_rounds: int
+    num_bytes: int  # of the workspace
+    keeps: bool
+    """Whether a forward that is asked to save has this rank's rows kept: those of a single round,
+    where they surely fit into memory sized by this rank's own tokens."""
+
+
+def _workspace(call: _ExchangePlan, group: dist.ProcessGroup, device: torch.device) -> Any:
+    from comet_compile.kernels.workspace import workspace_for
+
+    return workspace_for(call.num_bytes, group, device)
 
 
 def _new_exchange_plan(
@@ -269,23 +311,26 @@ def _new_exchange_plan(
     group: dist.ProcessGroup,
     tokens: Sequence[int],
     backward: bool,
-) -> tuple[Any, int, int]:
-    """Return (plan, number of rounds, bytes of the workspace), the same on all ranks."""
+) -> _ExchangePlan:
     from comet_compile.kernels import exchange_plan
     from comet_compile.kernels.workspace import Layout
 
     x, num_ranks = routed.x, group.size()
     capacity, top_k = exchange_plan.capacity_for(tokens), routed.ids.shape[1]
-    needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
-    most = _MAX_BACKWARD_ROW_BYTES if backward else _MAX_ROW_BYTES
-    num_rounds = max(1, -(-needed // most))
+
+    def rounds_of(backward: bool) -> int:
+        needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
+        return max(1, -(-needed // (_MAX_BACKWARD_ROW_BYTES if backward else _MAX_ROW_BYTES)))
+
+    keeps = rounds_of(backward=False) == 1 and sum(tokens) <= num_ranks * x.shape[0]
+    num_rounds = rounds_of(backward)
     if num_rounds > 1:
         capacity = exchange_plan.capacity_for([-(-max(tokens) // num_rounds)])
         num_rounds = -(-max(tokens) // capacity)
     index = x.device.index or 0
     plan = exchange_plan.plan_exchange(params, math, top_k, capacity, num_ranks, index)
     layout = Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size(), backward=backward)
-    return plan, num_rounds, layout.num_bytes
+    return _ExchangePlan(plan, num_rounds, layout.num_bytes, keeps)
 
 
 def _plan_here(routed: Routed, params: ExpertParams, math: LayerMath, number: int) -> Any | None:

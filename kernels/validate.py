@@ -124,11 +124,6 @@ def check_layer(
             f"group_name is {group_name!r} with form {form!r}; allowed: '' for 'local', the name "
             "of a process group for the other forms"
         )
-    if form == "all_to_all" and save != "nothing":
-        raise ValueError(
-            f"save is {save!r} with form 'all_to_all'; allowed: 'nothing', because how many rows a "
-            "rank receives depends on the routing"
-        )
     if layer.w_up is not None and not act.gated:
         raise ValueError(f"w_up is given, but activation {activation!r} has no gate; allowed: None")
     if layer.b_up is not None and layer.w_up is None:

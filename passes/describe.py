@@ -20,13 +20,10 @@ def describe(layer: Layer) -> str:
     )
 
 
-def estimate(layer: Layer, save: str) -> dict[str, Any]:
-    """Work of one forward call at the traced size: slots, FLOPs, bytes sent to other ranks, and
-    bytes kept for the backward beside the layer's own inputs.
-    """
+def estimate(layer: Layer) -> dict[str, Any]:
+    """Work of one forward call at the traced size: slots, FLOPs, bytes sent to other ranks."""
     candidate, pair = layer.candidate, layer.candidate.pair
-    sizes = size_choices(candidate.nodes)[0]
-    rows = concrete(numel(val(candidate.x).shape[:-1]), sizes) * candidate.top_k
+    rows = _num_slots(layer)
     columns = sum(gemm.out_features for gemm in pair.ins) + pair.out.in_features
     hidden, ranks = pair.ins[0].in_features, layer.form.world.size
     itemsize = val(candidate.x).dtype.itemsize
@@ -35,11 +32,20 @@ def estimate(layer: Layer, save: str) -> dict[str, Any]:
         sent = 2 * rows * hidden * itemsize * (ranks - 1) // ranks
     elif layer.form.name == "replicated":
         sent = 2 * (rows // candidate.top_k) * hidden * itemsize * (ranks - 1) // ranks
-    saved = 0
-    if save == "pre_activation":
-        saved = rows * sum(gemm.out_features for gemm in pair.ins) * itemsize
-    flops = 2 * rows * hidden * columns
-    return {"rows": rows, "flops": flops, "bytes_sent": sent, "bytes_saved": saved}
+    return {"rows": rows, "flops": 2 * rows * hidden * columns, "bytes_sent": sent}
+
+
+def bytes_saved(layer: Layer) -> int:
+    """What a forward that saves keeps at the traced size, beside the layer's own inputs."""
+    rows = _num_slots(layer) * (layer.form.world.size if layer.form.shards_tokens else 1)
+    columns = sum(gemm.out_features for gemm in layer.candidate.pair.ins)
+    return rows * columns * val(layer.candidate.x).dtype.itemsize
+
+
+def _num_slots(layer: Layer) -> int:
+    candidate = layer.candidate
+    sizes = size_choices(candidate.nodes)[0]
+    return concrete(numel(val(candidate.x).shape[:-1]), sizes) * candidate.top_k
 
 
 def summary(regions: list[records.RegionRecord]) -> str:

@@ -34,7 +34,7 @@ from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.portable import Routed
 from comet_compile.passes import expert_gemms, find, pictures
 from comet_compile.passes.backward import Gradients, Matches, find_gradients
-from comet_compile.passes.describe import describe, estimate, summary
+from comet_compile.passes.describe import bytes_saved, describe, estimate, summary
 from comet_compile.passes.graph_view import backward_nodes, source_line, val
 from comet_compile.passes.identity import group_facts, group_size, source_digest
 from comet_compile.passes.memo import region_key, roles_of
@@ -42,7 +42,7 @@ from comet_compile.passes.prove import Layer, prove, weighting
 from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason, more_telling
 from comet_compile.passes.region import Candidate, ExpertPair
-from comet_compile.passes.rewrite import Rewritten, blocked, finish, replace
+from comet_compile.passes.rewrite import Rewritten, blocked, emit_arguments, finish, replace
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ _graph_ids = itertools.count()
 
 # cuts whose forward is proven but not their backward; narrower ones hardly fare better
 _MAX_BACKWARD_TRIES = 4
+# the part of a device's memory, 1 / this, that a graph's all-to-all layers may keep rows in
+_PART_TO_KEEP = 8
 
 
 class RegionRefused(CometError):
@@ -100,6 +102,7 @@ class _Session:
     rewritten: list[Rewritten] = dataclasses.field(default_factory=list)
     proofs: dict[Hashable, Layer | Rejection] = dataclasses.field(default_factory=dict)
     matches: Matches = dataclasses.field(default_factory=Matches)
+    bytes_saved: int = 0  # by the layers rewritten so far
 
     @property
     def is_recording(self) -> bool:
@@ -142,10 +145,12 @@ class _Session:
         layer, gradients = outcome
         before = self._picture(layer) if self.is_recording else None
         where = source_line(pair.out.node) or source_line(layer.candidate.y)
-        save = self._save(layer) if gradients else "nothing"
-        work = estimate(layer, save)
-        rewritten = replace(layer, gradients, save, self.graph)
-        path = _choose_path(layer, rewritten, work["rows"])
+        work, arguments = estimate(layer), emit_arguments(layer)
+        path = _choose_path(layer, arguments, work["rows"])
+        save = self._save(layer, path) if gradients else "nothing"
+        work["bytes_saved"] = bytes_saved(layer) if save == "pre_activation" else 0
+        self.bytes_saved += work["bytes_saved"]
+        rewritten = replace(layer, gradients, arguments, save, self.graph)
         if path.reads_host:
             rewritten.mark_syncing()
         self.rewritten.append(rewritten)
@@ -215,11 +220,19 @@ class _Session:
         known = self.proofs[key]
         return known if isinstance(known, Rejection) else known.transferred(candidate)
 
-    def _save(self, layer: Layer) -> str:
+    def _save(self, layer: Layer, path: paths.Choice) -> str:
+        """What the forward keeps, by option, path and what the layers before keep already."""
+        if not layer.form.shards_tokens:
+            return "pre_activation" if self.config.save == "auto" else self.config.save
+        if not path.is_fused or path.reads_host:
+            return "nothing"  # the portable exchange computes its rows again
         if self.config.save != "auto":
-            # rows received from other ranks have no fixed number, so they are not kept
-            return "nothing" if layer.form.shards_tokens else self.config.save
-        return "nothing" if layer.form.shards_tokens else "pre_activation"
+            return self.config.save
+        # room for rows of all tokens of all ranks, so several times what arrives
+        device = val(layer.candidate.x).device
+        total = torch.cuda.get_device_properties(device).total_memory
+        fits = self.bytes_saved + bytes_saved(layer) <= total // _PART_TO_KEEP
+        return "pre_activation" if fits else "nothing"
 
     # -- records ------------------------------------------------------------------------------
 
@@ -322,9 +335,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _choose_path(layer: Layer, rewritten: Rewritten, rows: int) -> paths.Choice:
+def _choose_path(layer: Layer, arguments: list[Any], rows: int) -> paths.Choice:
     """How the new op will run, from the fake tensors that it is given."""
-    tensors: list[Any] = [None if n is None else val(n) for n in rewritten.forward.args[:9]]
+    tensors: list[Any] = [None if n is None else val(n) for n in arguments]
     math = LayerMath(layer.activation, layer.weight_place, layer.product_dtype)
     return paths.choose_path(
         layer.form.name,

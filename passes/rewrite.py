@@ -108,11 +108,16 @@ def _is_owned_effect(node: fx.Node, region: set[fx.Node]) -> bool:
     return node.target is c10d.wait_tensor.default and node.args[0] in region
 
 
-def replace(layer: Layer, gradients: Gradients | None, save: str, graph: fx.Graph) -> Rewritten:
-    """Rewrite one region; `blocked` must have found nothing. `finish` must follow."""
+def replace(
+    layer: Layer, gradients: Gradients | None, arguments: list[Any], save: str, graph: fx.Graph
+) -> Rewritten:
+    """Rewrite one region to an op of `emit_arguments`; `blocked` must have found nothing.
+
+    `finish` must follow.
+    """
     region = set(layer.candidate.nodes) - set(layer.candidate.inputs)
     region |= descendants(region) & _waits(graph)
-    forward, arguments = _emit_forward(layer, save)
+    forward = _emit_forward(layer, arguments, save)
     _keep_what_a_policy_keeps(forward, layer)
     y, saved = getters(forward, 2)
     backward = None
@@ -163,7 +168,8 @@ def _backward_region(gradients: Gradients | None) -> set[fx.Node]:
 # -- forward ----------------------------------------------------------------------------------
 
 
-def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
+def emit_arguments(layer: Layer) -> list[Any]:
+    """Return the op's tensors, x to b_out, with what it takes to make them put into the graph."""
     candidate, pair = layer.candidate, layer.candidate.pair
     emit = Emitter(candidate.y.graph, candidate.y, candidate.y)
     x = candidate.x
@@ -176,7 +182,7 @@ def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
     ids = _matrix(emit, candidate.ids, slots)
     weights = None if candidate.weights is None else _matrix(emit, candidate.weights, slots)
     ins = [_logical(emit, gemm) for gemm in pair.ins]
-    arguments = [
+    return [
         x,
         ids,
         weights,
@@ -187,7 +193,11 @@ def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
         layer.roles.b_up,
         layer.roles.b_out,
     ]
-    node = emit.call(
+
+
+def _emit_forward(layer: Layer, arguments: list[Any], save: str) -> fx.Node:
+    y = layer.candidate.y
+    return Emitter(y.graph, y, y).call(
         torch.ops.comet.moe_layer.default,
         *arguments,
         None,
@@ -195,7 +205,6 @@ def _emit_forward(layer: Layer, save: str) -> tuple[fx.Node, list[Any]]:
         out_dtype=layer.out_dtype,
         save=save,
     )
-    return node, arguments
 
 
 def _keep_what_a_policy_keeps(forward: fx.Node, layer: Layer) -> None:

@@ -139,19 +139,34 @@ class Ranks:
             layer, **{name: None if v is None else v[mine] for name, v in values.items()}
         )
 
-    def run(self, layers: Sequence[Case]) -> list[Tensor]:
-        """Each rank's y."""
+    def run(self, layers: Sequence[Case], saved: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Each rank's y; `saved` is given the rows in front of the activation."""
         calls = self.calls(layers)
         for call in calls:
             call.publish()
         for call in calls:
             call.receive()
-        return finish(calls)
+        return finish(calls, saved)
+
+    def poison_fetched(self, workspace: LocalWorkspace) -> None:
+        """Put NaN where the rank has its peers' tokens and gradients from the last call."""
+        shape = (self.num_ranks, self.plan.capacity, self.whole.x.shape[1])
+        for offset in (self.layout.tokens, self.layout.grads):
+            workspace.view(offset, shape, self.whole.x.dtype)[1:] = float("nan")
+
+    def memory_for_rows(self, layer: Case) -> Tensor:
+        """[P * C * A, N] of NaN, what a rank keeps rows in."""
+        columns = layer.w_in.shape[2] + (0 if layer.w_up is None else layer.w_up.shape[2])
+        num_slots = self.num_ranks * self.plan.capacity * layer.ids.shape[1]
+        return layer.x.new_full((num_slots, columns), float("nan"))
 
     def run_backward(
-        self, layers: Sequence[Case], needs: Needs | None = None
+        self,
+        layers: Sequence[Case],
+        needs: Needs | None = None,
+        saved: Sequence[Tensor | None] | None = None,
     ) -> list[tuple[Tensor | None, ...]]:
-        """Each rank's gradients."""
+        """Each rank's gradients; ranks without `saved` rows compute them again."""
         calls = [
             BackwardCall(
                 layer.grad_y,
@@ -162,6 +177,7 @@ class Ranks:
                 self.plan,
                 self.workspaces[rank],
                 deadline=5.0,
+                saved_SN=None if saved is None else saved[rank],
                 clock=self.device != "cpu",
             )
             for rank, layer in enumerate(layers)
@@ -172,9 +188,11 @@ class Ranks:
         return [call.finish() for call in calls]
 
 
-def finish(calls: Sequence[ExchangeCall]) -> list[Tensor]:
+def finish(calls: Sequence[ExchangeCall], saved: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Run what follows `receive` on these ranks and return their y."""
-    rows = [call.combine(call.compute_hidden()) for call in calls]
+    kept = saved or [None] * len(calls)
+    hidden = [call.compute_hidden(rows) for call, rows in zip(calls, kept, strict=True)]
+    rows = [call.combine(h_RI) for call, h_RI in zip(calls, hidden, strict=True)]
     results = []
     for call, rows_RH in zip(calls, rows, strict=True):
         y = call.x.new_full((call.num_tokens, call.hidden), float("nan"))

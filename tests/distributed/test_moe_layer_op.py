@@ -137,6 +137,9 @@ def run_cases(group: dist.ProcessGroup) -> dict[Any, Any]:
         if name in REPEATED:
             outcome[num_ranks, "again", name] = run_op(mine, "all_to_all", group)
         exchange.MIN_CHUNK_BYTES = whole
+        if name in REPEATED:
+            save = "pre_activation" if rank else "nothing"  # each rank's own affair
+            outcome[num_ranks, "asked to save", name] = run_op(mine, "all_to_all", group, save)
         mine = shard(case, rank, num_ranks, "replicated")
         outcome[num_ranks, "replicated", name] = run_op(mine, "replicated", group)
         outcome[num_ranks, "saved", name] = run_op(mine, "replicated", group, "pre_activation")
@@ -252,6 +255,15 @@ def test_saved_rows_give_the_same_bits(group_outcomes: list[dict[Any, Any]], nam
         torch.testing.assert_close(
             results["saved", name], results["replicated", name], rtol=0, atol=0
         )
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_rank_that_asks_to_save_gives_the_same_bits(
+    group_outcomes: list[dict[Any, Any]], name: str
+) -> None:
+    for results in group_outcomes:
+        whole, asked = results["all_to_all", name], results["asked to save", name]
+        torch.testing.assert_close(whole, asked, rtol=0, atol=0)
 
 
 def test_a_row_crosses_to_a_rank_once(outcomes: list[dict[Any, Any]]) -> None:

@@ -127,6 +127,34 @@ def test_gathering_the_tokens_first(weight_place: str) -> None:
     check(ranks, (40, 33))
 
 
+@pytest.mark.parametrize(
+    ("activation", "weight_place", "keeps"),
+    [
+        ("silu_glu", "after", (True, True)),
+        ("silu_glu:interleaved", "between", (True, False)),
+        ("relu2", "before", (False, True)),
+    ],
+)
+def test_saved_rows_give_the_same_bits(
+    activation: str, weight_place: str, keeps: tuple[bool, bool]
+) -> None:
+    # whether its rows were kept is each rank's own affair
+    options = {"activation": activation, "weight_place": weight_place}
+    ranks = Ranks(2, capacity=64, biases=True, gathers=True, **options)
+    layers = ranks.tokens((40, 33))
+    saved = [ranks.memory_for_rows(layer) for layer in layers]
+    ranks.run(layers, saved)
+    kept = [rows if keep else None for rows, keep in zip(saved, keeps, strict=True)]
+    for needs in (Needs(), Needs(w_in=False), Needs(w_in=False, weights=False)):
+        again = ranks.run_backward(layers, needs)
+        for workspace in ranks.workspaces:  # what was fetched is not fetched again
+            ranks.poison_fetched(workspace)
+        for first, second in zip(ranks.run_backward(layers, needs, kept), again, strict=True):
+            for name, grad, other in zip(GRAD_NAMES, first, second, strict=True):
+                assert (grad is None) == (other is None), name
+                assert grad is None or torch.equal(grad, other), name
+
+
 def test_calls_of_both_directions_follow_each_other() -> None:
     ranks = Ranks(2)
     first = check(ranks, (11, 9))

@@ -70,7 +70,7 @@ def _fake_case(num_tokens: Any, top_k: Any) -> Case:
 @pytest.mark.parametrize("form", ["local", "all_to_all", "replicated"])
 def test_fakes_bind_no_symbol(form: str) -> None:
     env = ShapeEnv()
-    save = "nothing" if form == "all_to_all" else "pre_activation"
+    save = "nothing" if form == "all_to_all" else "pre_activation"  # which asks for the group
     where = {"form": form, "group_name": "" if form == "local" else "some group"}
     with FakeTensorMode(shape_env=env):
         num_tokens, top_k = env.create_unbacked_symint(), env.create_unbacked_symint()
@@ -122,10 +122,6 @@ def test_flops(save: str, separate_up: bool) -> None:
         ({"group_name": "0"}, r"group_name is '0' with form 'local'; allowed: ''"),
         ({"weight_place": "under"}, r"weight_place is 'under'; allowed: 'before'"),
         ({"save": "all"}, r"save is 'all'; allowed: 'nothing', 'pre_activation'"),
-        (
-            {"form": "all_to_all", "group_name": "0", "save": "pre_activation"},
-            r"save is 'pre_activation' with form 'all_to_all'",
-        ),
         ({"activation": "swish"}, r"unknown activation 'swish'"),
         ({"activation": "silu"}, r"w_in has shape \[3, 8, 32\]; allowed: \[3, 8, 16\]"),
         ({"product_dtype": torch.int32}, r"product_dtype is torch.int32; allowed"),

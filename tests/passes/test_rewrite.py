@@ -6,6 +6,7 @@ import functools
 import operator
 import textwrap
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import joint_graphs
 import lockstep
@@ -17,6 +18,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from zoo import ep, near_misses, textbook
 from zoo.titan import TitanMoE
+
+from comet_compile import records
+from comet_compile.kernels import paths
+from comet_compile.kernels.paths import Choice
+from comet_compile.passes import moe_pass
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -306,6 +312,59 @@ def test_nodes_outside_are_untouched(name: str, train: bool) -> None:
             assert (node.target, str(node.args)) == (old.target, str(old.args)), node
     common = [name for name in originals if name in kept]
     assert [node.name for node in after.nodes if node.name in originals] == common
+
+
+@pytest.mark.parametrize(
+    ("option", "runs", "memory", "expected"),
+    [
+        ("auto", "fused", 10**6, "pre_activation"),
+        ("auto", "fused", 10**3, "nothing"),
+        ("auto", "portable", 10**6, "nothing"),
+        ("auto", "between machines", 10**6, "nothing"),
+        ("nothing", "fused", 10**6, "nothing"),
+        ("pre_activation", "fused", 10**3, "pre_activation"),
+        ("pre_activation", "portable", 10**3, "nothing"),
+    ],
+)
+def test_rows_between_ranks_are_kept_where_memory_allows(
+    option: str, runs: str, memory: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = Choice(runs != "portable", runs == "between machines", {})
+    monkeypatch.setattr(paths, "choose_path", lambda *args, **facts: choice)
+    properties = SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    graph = captured(TitanMoE, train=True)
+    with records.collect() as collected:
+        joint_graphs.run_pass(graph, save=option)
+    layer = joint_graphs.only(
+        graph, torch.ops.comet.moe_layer_syncing.default
+        if choice.reads_host else joint_graphs.MOE,
+    )  # fmt: skip
+    assert layer.kwargs["save"] == expected
+    (region,) = collected[0].regions
+    saved = layer.meta["val"][1]
+    assert region.plan["save"] == expected
+    assert region.estimate["bytes_saved"] == saved.numel() * saved.element_size()
+    ids, w_in = (layer.args[i].meta["val"] for i in (1, 3))
+    if expected == "pre_activation":
+        assert saved.shape == (2 * ids.numel(), w_in.shape[2] * (1 if layer.args[4] is None else 2))
+
+
+def test_no_more_layers_keep_rows_than_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "choose_path", lambda *args, **facts: Choice(True, False, {}))
+    graph = captured(lambda: nn.Sequential(TitanMoE(), TitanMoE()), train=True)
+    with records.collect() as collected:
+        run = joint_graphs.clone(graph)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=10**9)
+        )
+        joint_graphs.run_pass(run, save="auto")
+        each = collected[0].regions[0].estimate["bytes_saved"]
+        assert each > 0
+        properties = SimpleNamespace(total_memory=moe_pass._PART_TO_KEEP * (2 * each - 1))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        joint_graphs.run_pass(graph, save="auto")
+    assert [r.plan["save"] for r in collected[1].regions] == ["pre_activation", "nothing"]
 
 
 def test_saves_pre_activations_unless_told_otherwise() -> None:
