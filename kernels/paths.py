@@ -29,10 +29,14 @@ from comet_compile.kernels.validate import describe
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The path of one layer, and whether running it reads the device on the host."""
+    """The path of one layer, and whether running it reads the device on the host.
+
+    `may_keep`: whether a forward that is asked to save has a path that does.
+    """
 
     is_fused: bool
     reads_host: bool
+    may_keep: bool
     plan: dict[str, Any]
     """The plan as plain data, for reports; a portable one says `why_portable`."""
 
@@ -49,18 +53,24 @@ def choose_path(
     loops = on_gpu and (form == "all_to_all" or not is_grouped_dtype(dtype))
     reason = why_portable(routed, params, math)
     if reason is not None:
-        return Choice(False, loops, {**plan, "why_portable": reason})
+        may_keep = form != "all_to_all"  # whose portable path computes its rows again
+        return Choice(False, loops, may_keep, {**plan, "why_portable": reason})
     gemms = _fused().plan_layer(routed, params, math, num_slots=rows)
     # Ranks on several machines, which only the first run can tell, take the portable path.
-    reads_host = form == "all_to_all" and not _on_one_machine()
-    return Choice(True, reads_host, {**gemms.as_dict(), "form": form})
+    on_one_machine = _on_one_machine() if form == "all_to_all" else True
+    plan = {**gemms.as_dict(), "form": form}
+    return Choice(True, on_one_machine is not True, on_one_machine is not False, plan)
 
 
-def _on_one_machine() -> bool:
-    """Whether the launcher says that all processes run on this machine (torchrun does)."""
+def _on_one_machine() -> bool | None:
+    """Whether all processes run on this machine by what the launcher says (torchrun does).
+
+    None if it says nothing.
+    """
     if not dist.is_initialized():
         return True
-    return os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size())
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    return None if local is None else local == str(dist.get_world_size())
 
 
 def why_portable(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None:

@@ -224,8 +224,8 @@ class _Session:
         """What the forward keeps, by option, path and what the layers before keep already."""
         if not layer.form.shards_tokens:
             return "pre_activation" if self.config.save == "auto" else self.config.save
-        if not path.is_fused or path.reads_host:
-            return "nothing"  # the portable exchange computes its rows again
+        if not path.may_keep:
+            return "nothing"
         if self.config.save != "auto":
             return self.config.save
         # room for rows of all tokens of all ranks, so several times what arrives
@@ -324,8 +324,8 @@ def _one_thread() -> Iterator[None]:
 
     A proof is thousands of products of three columns. Shared out, each waits for all threads, and
     with a process per GPU there are more of those than cores: the first run of a layer of 8192
-    tokens and 128 experts on two GPUs of a machine with 32 cores took 69 s, now 31
-    (benchmarks/results/ep_h100.json, ep_qwen3_h100.json, first_run_s).
+    tokens and 128 experts on two GPUs of a machine with 32 cores took 69 s with all of them, 31
+    with one (benchmarks/results/ep_h100.json, ep_qwen3_h100.json, first_run_s).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

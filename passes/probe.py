@@ -95,6 +95,10 @@ def restrict(value: Value, dim: int, cols: tuple[int, ...], size: int) -> torch.
             return data
         if data.shape[dim] != size:
             raise Untracked(f"sizes {data.shape[dim]} and {size} meet in one dimension")
+        if data.stride(dim) == 0:
+            # one number seen along the whole dimension: copied, it would be as large as the graph's
+            sizes = [len(cols) if d == dim else -1 for d in range(data.ndim)]
+            return data.narrow(dim, 0, min(1, size)).expand(sizes)
         return data.index_select(dim, torch.tensor(cols, dtype=torch.int64))
     if support.size != size:
         raise Untracked(f"sizes {support.size} and {size} meet in one dimension")
@@ -116,7 +120,9 @@ def zero_outside(value: Value, dim: int) -> bool:
             return support.zero
         return False
     # a constant made by full/zeros: one number seen along the whole dimension
-    return value.stride(dim) == 0 and not bool(value.any())
+    if value.stride(dim) != 0:
+        return False
+    return not bool(value.narrow(dim, 0, min(1, value.shape[dim])).any())
 
 
 def common_support(values: Sequence[Value], dims: Sequence[int]) -> Support | None:

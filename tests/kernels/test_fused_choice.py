@@ -162,3 +162,34 @@ def test_weights_that_begin_between_two_boxes() -> None:
         weight = storage[start : start + 4 * 64 * 32].view(4, 64, 32)
         assert "16 bytes" in str(expert_weights.why_not(weight))
         assert expert_weights.why_not(torch.empty(4, 64, 32, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.parametrize(
+    ("form", "launcher", "portable", "reads_host", "may_keep"),
+    [
+        ("all_to_all", "2", "0", False, True),
+        ("all_to_all", "1", "0", True, False),  # one process on each machine
+        ("all_to_all", None, "0", True, True),  # who knows
+        ("all_to_all", "2", "1", True, False),
+        ("replicated", "1", "0", False, True),
+        ("replicated", "1", "1", False, True),
+    ],
+)
+def test_what_a_graph_is_told_of_the_path(
+    form: str,
+    launcher: str | None,
+    portable: str,
+    reads_host: bool,
+    may_keep: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", launcher)
+    monkeypatch.setenv("COMET_PORTABLE", portable)
+    monkeypatch.setattr(paths.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(paths.dist, "get_world_size", lambda: 2)
+    found = paths.choose_path(form, *layer(), MATH, rows=16)
+    assert found.is_fused == (portable == "0")
+    assert (found.reads_host, found.may_keep) == (reads_host, may_keep)
+    assert ("why_portable" in found.plan) == (portable == "1")

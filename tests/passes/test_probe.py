@@ -445,6 +445,19 @@ def test_restrict() -> None:
         restrict(x.held, 1, (3,), H + 1)
 
 
+def test_constants_are_never_unfolded() -> None:
+    # a million rows of a million columns, all one number in memory
+    zeros = torch.zeros(()).expand(10**6, 10**6)
+    assert zero_outside(zeros, 1)
+    assert not zero_outside(torch.ones(()).expand(10**6, 10**6), 1)
+    cut = restrict(torch.arange(10**6).unsqueeze(1).expand(-1, 10**6), 1, (3, 5), 10**6)
+    assert cut.shape == (10**6, 2)
+    assert cut.stride() == (1, 0)
+    assert cut[7].tolist() == [7, 7]
+    assert restrict(torch.ones(()).expand(2, 0), 1, (), 0).shape == (2, 0)
+    assert zero_outside(torch.ones(()).expand(2, 0).as_strided((2, 0), (0, 0)), 1)
+
+
 def test_common_support() -> None:
     other = Support(H, (3, 5), zero=False)
     both = common_support([rows(OPEN).held, rows(other).held], [1, 1])

@@ -315,31 +315,27 @@ def test_nodes_outside_are_untouched(name: str, train: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "runs", "memory", "expected"),
+    ("option", "may_keep", "memory", "expected"),
     [
-        ("auto", "fused", 10**6, "pre_activation"),
-        ("auto", "fused", 10**3, "nothing"),
-        ("auto", "portable", 10**6, "nothing"),
-        ("auto", "between machines", 10**6, "nothing"),
-        ("nothing", "fused", 10**6, "nothing"),
-        ("pre_activation", "fused", 10**3, "pre_activation"),
-        ("pre_activation", "portable", 10**3, "nothing"),
+        ("auto", True, 10**6, "pre_activation"),
+        ("auto", True, 10**3, "nothing"),
+        ("auto", False, 10**6, "nothing"),
+        ("nothing", True, 10**6, "nothing"),
+        ("pre_activation", True, 10**3, "pre_activation"),
+        ("pre_activation", False, 10**3, "nothing"),
     ],
 )
 def test_rows_between_ranks_are_kept_where_memory_allows(
-    option: str, runs: str, memory: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    option: str, may_keep: bool, memory: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = Choice(runs != "portable", runs == "between machines", {})
+    choice = Choice(True, False, may_keep, {})
     monkeypatch.setattr(paths, "choose_path", lambda *args, **facts: choice)
     properties = SimpleNamespace(total_memory=memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     graph = captured(TitanMoE, train=True)
     with records.collect() as collected:
         joint_graphs.run_pass(graph, save=option)
-    layer = joint_graphs.only(
-        graph, torch.ops.comet.moe_layer_syncing.default
-        if choice.reads_host else joint_graphs.MOE,
-    )  # fmt: skip
+    layer = joint_graphs.only(graph, joint_graphs.MOE)
     assert layer.kwargs["save"] == expected
     (region,) = collected[0].regions
     saved = layer.meta["val"][1]
@@ -351,7 +347,7 @@ def test_rows_between_ranks_are_kept_where_memory_allows(
 
 
 def test_no_more_layers_keep_rows_than_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "choose_path", lambda *args, **facts: Choice(True, False, {}))
+    monkeypatch.setattr(paths, "choose_path", lambda *args, **facts: Choice(True, False, True, {}))
     graph = captured(lambda: nn.Sequential(TitanMoE(), TitanMoE()), train=True)
     with records.collect() as collected:
         run = joint_graphs.clone(graph)
