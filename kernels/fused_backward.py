@@ -125,17 +125,20 @@ class Call:
             memory(params.w_out, needs.w_out),
         )
 
-    def compute_again(self, matrices: Matrices) -> tuple[Tensor, Tensor]:
-        """Return the rows in front of the activation [S, N], and memory [R, I].
+    def memory_for_rows(self, matrices: Matrices) -> Tensor:
+        """Return [S, N] for the rows in front of the activation, used up by `grad_hidden`.
 
-        Where they fit, the rows lie in the memory of the gradient of w_in.
+        Where they fit, they lie in the memory of the gradient of w_in.
         """
         w_in, w_up = self.params.w_in, self.params.w_up
         columns = w_in.shape[2] + (0 if w_up is None else w_up.shape[2])
         shape = (self.routing.row_S.shape[0], columns)
-        saved_SN = _borrow(matrices.w_in, shape)
-        if saved_SN is None:
-            saved_SN = self.x_TH.new_empty(shape)
+        rows_SN = _borrow(matrices.w_in, shape)
+        return self.x_TH.new_empty(shape) if rows_SN is None else rows_SN
+
+    def compute_again(self, matrices: Matrices) -> tuple[Tensor, Tensor]:
+        """Return the rows in front of the activation [S, N], and memory [R, I]."""
+        saved_SN = self.memory_for_rows(matrices)
         h_RI = layer0.gather_gemm_act(
             self.x_TH, self.weights_TA, self.routing, with_dense_biases(self.params), self.math,
             self.plan.layer0, self.top_k, saved_SN,

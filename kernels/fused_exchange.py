@@ -114,7 +114,6 @@ class BackwardCall(ExchangeCall):
     def compute(self) -> None:
         """Compute all gradients; every peer has been sent those of its tokens and weights."""
         params, plan = self.params, self.plan.gemms
-        saved_SN = self._rows()
         assert self.grads is not None
         weights_TA = None if self.weights_S is None else self.weights_S.view(-1, self.top_k)
         local = fused_backward.Call(
@@ -129,8 +128,12 @@ class BackwardCall(ExchangeCall):
             plan=plan,
             gathered=plan.gathers,
         )
-        grads, matrices = local.gather_grads(), local.new_matrices()
-        d_pre_RN, wh_RI, d_w_PR = local.grad_hidden(grads, saved_SN, matrices, self.more_arrive)
+        matrices = local.new_matrices()
+        saved_SN, wh_RI = self._rows(local, matrices)
+        grads = local.gather_grads()
+        d_pre_RN, wh_RI, d_w_PR = local.grad_hidden(
+            grads, saved_SN, matrices, self.more_arrive, wh_RI
+        )
         self.rows_RH = self.multiply_and_send(
             d_pre_RN,
             params.w_in.transpose(1, 2),
@@ -159,17 +162,16 @@ class BackwardCall(ExchangeCall):
         self.sum_and_end(self.rows_RH, self._weights_before(), d_x_TH)
         return d_x_TH, d_weights, *self.param_grads
 
-    def _rows(self) -> Tensor:
-        """Return the rows in front of the activation; tokens and gradients have been fetched."""
-        params, needs = self.params, self.needs
+    def _rows(
+        self, local: fused_backward.Call, matrices: fused_backward.Matrices
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fetch; return the rows in front of the activation, and memory [R, I] if there is some."""
         if self.saved_SN is not None:
             dots = self.needs_weights and self.math.weight_place == "before"
-            self.fetch(tokens=needs.w_in or needs.w_up or dots)
-            return self.saved_SN
-        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
-        saved_SN = self.x.new_empty(self.ids_S.shape[0], columns)
-        self.compute_hidden(saved_SN)
-        return saved_SN
+            self.fetch(tokens=self.needs.w_in or self.needs.w_up or dots)
+            return self.saved_SN, None
+        saved_SN = local.memory_for_rows(matrices)
+        return saved_SN, self.compute_hidden(saved_SN)
 
     def _weights_before(self) -> Tensor | None:
         return self.weights_S if self.math.weight_place == "before" else None

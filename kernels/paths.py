@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -220,12 +220,12 @@ def all_to_all_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
-    Fused as the forward is, where the gradient of x is asked for and one round is enough.
+    Fused as the forward is, where the gradient of x is asked for.
     """
     call = None
     if needs.x:
         call = _plan_exchange(routed, params, math, group, offers, number, backward=True)
-    if call is None or call.num_rounds > 1:
+    if call is None:
         d_x, d_weights, parts = portable.all_to_all_backward(
             grad_y, routed, params, math, needs, group
         )
@@ -233,24 +233,53 @@ def all_to_all_backward(
     plan, workspace = call.plan, _workspace(call, group, grad_y.device)
     kept = saved if saved.dim() == 2 and call.keeps else None
     deadline = AGREEMENTS.seconds(group)
-    with _on_device(grad_y.device):
-        workspace.enter()
+
+    def run_round(index: int) -> tuple[Tensor | None, ...]:
+        part, grad_part = routed, grad_y
+        if call.num_rounds > 1:
+            tokens = slice(index * plan.capacity, (index + 1) * plan.capacity)
+            part, grad_part = _tokens_of(routed, tokens), grad_y[tokens]
         return _replay(
             (
-                "all_to_all_backward",
-                number,
-                describe(grad_y),
-                describe(kept),
-                plan.capacity,
-                needs,
-                deadline,
+                "all_to_all_backward", number, describe(grad_part), describe(kept), plan.capacity,
+                index, needs, deadline,
             ),
-            (grad_y, *_tensors(routed), *_tensors(params), kept),
+            (grad_part, *_tensors(part), *_tensors(params), kept),
             lambda: _fused_exchange().all_to_all_backward(
-                grad_y, routed, params, math, needs, plan, workspace, deadline, kept
+                grad_part, part, params, math, needs, plan, workspace, deadline, kept
             ),
             workspace.constants,
-        )
+        )  # fmt: skip
+
+    with _on_device(grad_y.device):
+        workspace.enter()
+        if call.num_rounds == 1:
+            return run_round(0)
+        return _join_rounds(map(run_round, range(call.num_rounds)))
+
+
+def _join_rounds(rounds: Iterable[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all tokens: those of tokens one after the other, of parameters
+    added up in float32, round by round."""
+    of_tokens: list[list[Tensor]] = [[], []]
+    sums: list[Tensor | None] = []
+    dtypes: list[torch.dtype | None] = []
+    for grads in rounds:
+        for kept, grad in zip(of_tokens, grads, strict=False):
+            if grad is not None:
+                kept.append(grad)
+        if not sums:
+            dtypes = [None if grad is None else grad.dtype for grad in grads[2:]]
+            sums = [None if grad is None else grad.float() for grad in grads[2:]]
+            continue
+        for total, grad in zip(sums, grads[2:], strict=True):
+            if total is not None and grad is not None:
+                total.add_(grad)
+    rounded = (
+        None if total is None else total.to(dtype)
+        for total, dtype in zip(sums, dtypes, strict=True)
+    )
+    return *(torch.cat(kept) if kept else None for kept in of_tokens), *rounded
 
 
 def _tokens_of(routed: Routed, tokens: slice) -> Routed:
@@ -262,8 +291,8 @@ def _tokens_of(routed: Routed, tokens: slice) -> Routed:
 _MAX_KNOWN = 4096
 _plans: dict[Any, Any] = {}
 _exchange_plans: dict[Any, Any] = {}
-# Of all rows, if all tokens chose one rank. A forward that would need more runs in rounds of fewer
-# tokens, a backward on the portable path.
+# Of all rows, if all tokens chose one rank. A call that would need more runs in rounds of fewer
+# tokens.
 _MAX_ROW_BYTES, _MAX_BACKWARD_ROW_BYTES = 4 * 2**30, 12 * 2**30
 
 
@@ -304,8 +333,8 @@ class _ExchangePlan:
     num_rounds: int
     num_bytes: int  # of the workspace
     keeps: bool
-    """Whether a forward that is asked to save has this rank's rows kept: those of a single round,
-    where they surely fit into memory sized by this rank's own tokens."""
+    """Whether a forward that is asked to save has this rank's rows kept: where both directions
+    take one round, and they surely fit into memory sized by this rank's own tokens."""
 
 
 def _workspace(call: _ExchangePlan, group: dist.ProcessGroup, device: torch.device) -> Any:
@@ -332,7 +361,8 @@ def _new_exchange_plan(
         needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
         return max(1, -(-needed // (_MAX_BACKWARD_ROW_BYTES if backward else _MAX_ROW_BYTES)))
 
-    keeps = rounds_of(backward=False) == 1 and sum(tokens) <= num_ranks * x.shape[0]
+    in_one_round = rounds_of(backward=False) == rounds_of(backward=True) == 1
+    keeps = in_one_round and sum(tokens) <= num_ranks * x.shape[0]
     num_rounds = rounds_of(backward)
     if num_rounds > 1:
         capacity = exchange_plan.capacity_for([-(-max(tokens) // num_rounds)])
