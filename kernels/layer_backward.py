@@ -118,7 +118,7 @@ def grad_hidden(
     view = view_weight(params.w_out.transpose(1, 2))
     interleaved = act.interleaved and params.w_up is None
     # columns of one step of the epilogue; an interleaved pair takes twice the registers
-    part = 16 if interleaved else 32
+    part = 16 if interleaved or tiles.block_n == 64 else 32
     box = (tiles.block_m, 2 * part if interleaved else part)
     launch(
         grad_hidden_kernel,

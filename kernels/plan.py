@@ -127,10 +127,11 @@ def choose_plan(
     else:
         # a tile of 16 rows is bound by the weights' bytes, so by how many are in flight
         block_m, warps = 16, 4
-    layer0 = _tiles(block_m, 256 // columns, warps, hidden, inter, num_slots, num_experts, device)
+    width = 256 if _is_wide(device) else 16 * warps
+    layer0 = _tiles(block_m, width // columns, warps, hidden, inter, num_slots, num_experts, device)
     paced = hidden >= _PACED_K and block_m >= 64
     layer0 = dataclasses.replace(layer0, paced=paced)
-    layer1 = _tiles(block_m, 256, warps, inter, hidden, num_slots, num_experts, device)
+    layer1 = _tiles(block_m, width, warps, inter, hidden, num_slots, num_experts, device)
     layer1 = dataclasses.replace(layer1, flat=block_m >= 64)
     if gated:
         layer0 = dataclasses.replace(
@@ -138,22 +139,32 @@ def choose_plan(
         )
     # wider, two columns of each would not fit into registers; other devices were not measured
     may_widen = hidden <= _DRIFTING_K and not interleaved and device.capability[0] == 9
-    grad_hidden = _grad_hidden(layer0, layer1, inter, may_widen)
+    grad_hidden = _grad_hidden(layer0, layer1, inter, 128 if width > 128 else 64, may_widen)
     return Plan(layer0, layer1, grad_hidden, _grad_weight(layer1, device), gathers=True)
 
 
-def _grad_hidden(layer0: GemmTiles, layer1: GemmTiles, inter: int, may_widen: bool) -> GemmTiles:
-    """Wide and flat, if it may be and wastes few columns.
+def _is_wide(device: Device) -> bool:
+    """Whether tiles may have 256 columns, multiplied 64 of K at a time.
+
+    Before sm_90 both operands pass through registers, which that would overflow.
+    """
+    return device.capability[0] >= 9
+
+
+def _grad_hidden(
+    layer0: GemmTiles, layer1: GemmTiles, inter: int, width: int, may_widen: bool
+) -> GemmTiles:
+    """Wide and flat, if it may be and wastes few columns; else at most `width` columns.
 
     Of its time more than half is the epilogue's, which moves nearly as many bytes as a GEMM of so
     few columns does; `flat` has the next tile's rows come meanwhile.
     """
-    narrow = dataclasses.replace(layer1, block_n=max(64, min(128, layer1.block_n)), flat=False)
+    narrow = dataclasses.replace(layer1, block_n=max(64, min(width, layer1.block_n)), flat=False)
     if layer1.block_m < 128:
         return narrow
     if may_widen and layer1.block_n == 256 and -(-inter // 256) * 256 <= 1.05 * inter:
         return dataclasses.replace(layer1, num_stages=min(3, layer1.num_stages), flat=True)
-    stages = layer1.num_stages + (1 if layer1.block_n > 128 else 0)
+    stages = layer1.num_stages + (1 if layer1.block_n > narrow.block_n else 0)
     return dataclasses.replace(narrow, num_stages=stages, paced=layer0.paced)
 
 
@@ -166,9 +177,15 @@ def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
     benchmarks/results/kernels_backward_*_h100.json).
     """
     tiles = dataclasses.replace(
-        layer1, block_m=128, block_n=256, block_k=64, num_warps=8, flat=False
+        layer1,
+        block_m=128,
+        block_n=256 if _is_wide(device) else 128,
+        block_k=64 if _is_wide(device) else 32,
+        num_warps=8,
+        flat=False,
     )
-    return dataclasses.replace(tiles, num_stages=min(3, _stages(128, 256, tiles, device)))
+    stages = _stages(tiles.block_m, tiles.block_n, tiles, device)
+    return dataclasses.replace(tiles, num_stages=min(3, stages))
 
 
 def _tiles(
@@ -189,7 +206,7 @@ def _tiles(
     tiles = GemmTiles(
         block_m=block_m,
         block_n=block_n,
-        block_k=64,
+        block_k=64 if block_m < 64 or _is_wide(device) else 32,
         num_warps=num_warps,
         num_stages=1,
         group_m=8,

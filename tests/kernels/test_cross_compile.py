@@ -28,6 +28,7 @@ from comet_compile.kernels.workspace import Layout
 
 DEVICES = {
     80: Device(num_sms=108, shared_bytes=166912, capability=(8, 0)),
+    89: Device(num_sms=128, shared_bytes=101376, capability=(8, 9)),
     90: Device(num_sms=132, shared_bytes=232448, capability=(9, 0)),
     100: Device(num_sms=148, shared_bytes=232448, capability=(10, 0)),
 }
@@ -92,17 +93,17 @@ REGISTERS = {
     (80, "qwen3_30b", 64): (230, 227),
     (80, "qwen3_30b", 8192): (255, 255),
     (80, "gpt_oss", 8192): (255, 255),
+    (89, "qwen3_30b", 64): (230, 255),
+    (89, "qwen3_30b", 8192): (255, 255),
     (100, "qwen3_30b", 64): (108, 84),
     (100, "qwen3_30b", 8192): (175, 155),
     (100, "gpt_oss", 8192): (255, 182),
 }
 # What these take besides does not depend on the model's size.
-OTHER_REGISTERS = {"count": 47, "place": 128, "sum": 40}
-# Where the tiles of `choose_plan`, sized for sm_90 and inference, are too large for the registers.
+OTHER_REGISTERS = {"count": 47, "place": 128, "sum": 48}
+# Where the tiles of `choose_plan`, sized for inference, are too large for the registers.
 KNOWN_SPILLS = {
     (90, "gpt_oss_training", 8192),
-    (80, "qwen3_30b", 8192),
-    (80, "gpt_oss", 8192),
     (100, "gpt_oss", 8192),
 }
 
@@ -116,6 +117,8 @@ BACKWARD_REGISTERS = {
     (90, "gpt_oss", 8192): (255, 157, 175),
     (90, "plain", 8192): (193, 157, 176),
     (80, "qwen3_30b", 512): (255, 255, 255),
+    (80, "qwen3_30b", 8192): (255, 255, 255),
+    (89, "qwen3_30b", 8192): (255, 255, 255),
     (100, "qwen3_30b", 8192): (184, 155, 152),
     (100, "gpt_oss", 8192): (255, 155, 148),
 }
@@ -130,8 +133,8 @@ EXCHANGE_REGISTERS = {
 REGISTERS_BY_KERNEL = {
     "count_slots": 47,
     "place_slots": 128,
-    "sum_slots": 40,
-    "grad_scores": 32,
+    "sum_slots": 48,
+    "grad_scores": 40,
     "dot_tokens": 52,
     "gather_rows": 44,
     "grad_bias": 66,
@@ -142,17 +145,19 @@ REGISTERS_BY_KERNEL = {
 }
 # Bytes of stack that the tables' kernels take with one of the two versions of triton.
 TABLES_BYTES = {"place_slots": 8, "order_tiles": 8}
+# Bytes of stack that a GEMM of old devices takes with one of the two versions of triton.
+OLD_DEVICE_BYTES = 8
 # Bytes that grad_hidden spills with one of the two versions of triton.
 SPILLED_BYTES = {
     (90, "qwen3_30b", 8192): 24,  # 3.9.0; 256 columns are 15 % faster than 128
     (90, "halves_n_contiguous", 8192): 24,  # 3.9.0
+    (80, "qwen3_30b", 8192): 8,
+    (89, "qwen3_30b", 8192): 8,
     (90, "interleaved_k_contiguous", 8192): 32,  # 3.9.0
     (90, "gpt_oss", 8192): 48,  # 3.9.0
     (100, "gpt_oss", 8192): 64,  # 3.9.0
     (100, "qwen3_30b", 8192): 8,  # 3.6.0
 }
-# The tiles of both directions are sized for sm_90.
-SPILLS_ON_SM_80 = pytest.mark.xfail(raises=AssertionError, reason="spills")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +304,8 @@ def test_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -
         stem = kernel.name.split("_")[0]
         seen.add(stem)
         allowed = TABLES_BYTES["place_slots"] if stem == "place" else 0
+        if stem == "gemm" and capability < 90:
+            allowed = OLD_DEVICE_BYTES
         assert kernel.spilled_bytes <= allowed, kernel
         assert kernel.registers <= ceilings[stem], kernel
         assert kernel.shared_bytes <= DEVICES[capability].shared_bytes, kernel
@@ -308,10 +315,7 @@ def test_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -
 
 @pytest.mark.parametrize(
     ("capability", "name", "num_tokens"),
-    [
-        pytest.param(*case, marks=[SPILLS_ON_SM_80] if case[0] == 80 else [])
-        for case in BACKWARD_REGISTERS
-    ],
+    list(BACKWARD_REGISTERS),
 )
 def test_backward_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -> None:
     model = MODELS[name]
@@ -348,10 +352,7 @@ def test_row_sums_of_the_backward_compile_without_a_spill_on_sm_80(name: str) ->
 
 @pytest.mark.parametrize(
     ("capability", "name", "num_tokens"),
-    [
-        pytest.param(*case, marks=[SPILLS_ON_SM_80] if case[0] == 80 else [])
-        for case in EXCHANGE_REGISTERS
-    ],
+    list(EXCHANGE_REGISTERS),
 )
 def test_exchange_compiles_without_a_spill(
     capability: int, name: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -368,7 +369,7 @@ def test_exchange_compiles_without_a_spill(
         compiled,
         capability,
         {**REGISTERS_BY_KERNEL, **dict(zip(gemms, registers, strict=True))},
-        {},
+        {"dispatch_gemm_act": OLD_DEVICE_BYTES} if capability < 90 else {},
     )
 
 
