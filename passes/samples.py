@@ -57,7 +57,7 @@ def routings(
         generator = torch.Generator().manual_seed(1000 * seed + rank)
         if len(allowed) >= top_k:
             scores = torch.rand(num_tokens, len(allowed), generator=generator)
-            return allowed[scores.argsort(dim=1)[:, :top_k]]
+            return allowed[scores.topk(top_k, dim=1).indices]
         picks = torch.randint(len(allowed), (num_tokens, top_k), generator=generator)
         return allowed[picks]
 
