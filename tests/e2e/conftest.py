@@ -18,6 +18,13 @@ def pair() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="module")
+def gpu_pair() -> Iterator[RankPool]:
+    """Two ranks with a GPU each."""
+    with RankPool(2, timeout=TIMEOUT, backend="nccl") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
 def alone() -> Iterator[RankPool]:
     """One rank, which is a group too."""
     with RankPool(1, timeout=TIMEOUT) as pool:

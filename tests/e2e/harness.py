@@ -158,7 +158,7 @@ def results(
     if not train:
         return found
     generator = torch.Generator().manual_seed(11)
-    cotangent = torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype)
+    cotangent = torch.randn(out.shape, generator=generator).bfloat16().to(out)
     out.backward(cotangent)
     if x.requires_grad:
         found["grad of input"] = _gradient(x.grad)

@@ -1,4 +1,4 @@
-"""Data parallel training on two gloo processes: averaged gradients, and every layer rewritten."""
+"""Data parallel training on two processes: averaged gradients, and every layer rewritten."""
 
 from __future__ import annotations
 
@@ -25,19 +25,30 @@ Named = Callable[[nn.Module], dict[str, Tensor | None]]
 # -- replicated experts -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["ddp_around_a_compiled_model", "compiled_ddp", "fsdp"])
+each_way = pytest.mark.parametrize("way", ["ddp_around_a_compiled_model", "compiled_ddp", "fsdp"])
+
+
+@each_way
 def test_data_parallel_models(way: str, pair: RankPool) -> None:
     pytest.importorskip("transformers")
-    pair.run(_data_parallel, way)
+    pair.run(_data_parallel, way, "cpu")
 
 
-def _data_parallel(rank: int, world_size: int, way: str) -> None:
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@each_way
+def test_data_parallel_models_over_nccl(way: str, gpu_pair: RankPool) -> None:
+    pytest.importorskip("transformers")
+    gpu_pair.run(_data_parallel, way, "cuda")
+
+
+def _data_parallel(rank: int, world_size: int, way: str, device: str) -> None:
     ways = {
         "ddp_around_a_compiled_model": _ddp_around_a_compiled_model,
         "compiled_ddp": _compiled_ddp,
         "fsdp": _fsdp_of_compiled_blocks,
     }
-    _compare_with_all_tokens(rank, world_size, ways[way])
+    _compare_with_all_tokens(rank, world_size, ways[way], device)
 
 
 def _ddp_around_a_compiled_model(model: nn.Module) -> Run:
@@ -51,19 +62,22 @@ def _compiled_ddp(model: nn.Module) -> Run:
 
 def _fsdp_of_compiled_blocks(model: nn.Module) -> Run:
     """FSDP2: every block compiled and sharded, then what is left of the model sharded."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for layer in model.layers:
         layer.compile(backend=harness.BACKEND, fullgraph=True)
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def _compare_with_all_tokens(rank: int, world_size: int, way: Callable[[nn.Module], Run]) -> None:
+def _compare_with_all_tokens(
+    rank: int, world_size: int, way: Callable[[nn.Module], Run], device: str
+) -> None:
     """Compare with the mean over the ranks' tokens, in float32 and in eager."""
     from zoo import hf
 
-    model = ep.Stack(hf.moe_blocks(hf.causal_lm(NAME)))
-    xs = [hf.hidden_states(NAME, seed=seed) for seed in range(world_size)]
+    model = ep.Stack(hf.moe_blocks(hf.causal_lm(NAME))).to(device)
+    xs = [hf.hidden_states(NAME, seed=seed).to(device) for seed in range(world_size)]
     wide = copy.deepcopy(model).float()
     ref = _mean_gradients(wide, [x.float() for x in xs])
     eager = _mean_gradients(model, xs)
@@ -73,8 +87,9 @@ def _compare_with_all_tokens(rank: int, world_size: int, way: Callable[[nn.Modul
         got = _gradients(model, run, xs[rank])
         outcome = harness.snapshot(model)
     assert outcome.comet["regions_found"] == 2, outcome
-    assert outcome.comet["regions_portable"] == 2, outcome
-    assert outcome.comet["regions_backward_portable"] == 2, outcome
+    path = "fused" if device == "cuda" else "portable"
+    assert outcome.comet[f"regions_{path}"] == 2, outcome
+    assert outcome.comet[f"regions_backward_{path}"] == 2, outcome
     assert outcome.comet.get("regions_rejected", 0) == 0, outcome
     harness.assert_all_match(got, ref, eager, f"{way.__name__}, rank {rank}")
 
