@@ -33,6 +33,19 @@ class ExpertParams:
         return self.w_in.shape[0]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrices:
+    """The gradients of the experts' matrices, in their strides; None for what nobody asked for.
+
+    `has_values`: there are values in them, to be added to.
+    """
+
+    w_in: Tensor | None
+    w_up: Tensor | None
+    w_out: Tensor | None
+    has_values: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerMath:
     """The activation, and where and in which dtype the routing weights multiply."""

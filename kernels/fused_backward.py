@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from comet_compile.kernels import grad_params, grad_routing, layer0, layer1, layer_backward
-from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
+from comet_compile.kernels.experts import ExpertParams, LayerMath, Matrices, Needs
 from comet_compile.kernels.fused import with_dense_biases
 from comet_compile.kernels.plan import Plan
 from comet_compile.kernels.portable import Routed
@@ -27,11 +27,13 @@ def local_backward(
     math: LayerMath,
     needs: Needs,
     plan: Plan,
+    into: Matrices | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
     What `needs` does not ask for, or whose input is None, is None. `saved` are the rows [S, N] in
-    front of the activation as `fused.local_forward` saved them; [0] has them computed again.
+    front of the activation as `fused.local_forward` saved them; [0] has them computed again. The
+    gradients of matrices are added to `into` if given, and None here.
     """
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
     num_tiles = max_tiles(routed.ids.numel(), params.num_experts, plan.block_m)
@@ -54,7 +56,7 @@ def local_backward(
         plan=plan,
         gathered=plan.gathers,
     )
-    matrices = call.new_matrices()
+    matrices = into or call.new_matrices()
     wh_RI = None
     if saved.dim() != 2:
         saved, wh_RI = call.compute_again(matrices)
@@ -69,22 +71,20 @@ def local_backward(
     call.grad_in_projections(d_pre_RN, matrices, rows_RH)
     d_x, d_w_before = call.grad_tokens(d_pre_RN, rows_RH)
     d_weights = call.grad_scores(d_w if d_w_before is None else d_w_before)
-    return d_x, d_weights, matrices.w_in, matrices.w_up, matrices.w_out, *d_biases
+    return d_x, d_weights, *new_gradients(matrices), *d_biases
+
+
+def new_gradients(matrices: Matrices) -> tuple[Tensor | None, ...]:
+    """Return the gradients of (w_in, w_up, w_out), None for those that were added to others."""
+    if matrices.has_values:
+        return None, None, None
+    return matrices.w_in, matrices.w_up, matrices.w_out
 
 
 def num_arrivals(num_slots: int, params: ExpertParams, plan: Plan) -> int:
     """Return how many counters grad_hidden takes for so many slots."""
     num_tiles = max_tiles(num_slots, params.num_experts, plan.block_m)
     return plan.grad_hidden.num_arrivals(num_tiles, params.w_out.shape[1])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Matrices:
-    """The gradients of the experts' matrices, in their strides; None for what nobody asked for."""
-
-    w_in: Tensor | None
-    w_up: Tensor | None
-    w_out: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Call:
         w_in, w_up = self.params.w_in, self.params.w_up
         columns = w_in.shape[2] + (0 if w_up is None else w_up.shape[2])
         shape = (self.routing.row_S.shape[0], columns)
-        rows_SN = _borrow(matrices.w_in, shape)
+        rows_SN = _borrow(matrices, shape)
         return self.x_TH.new_empty(shape) if rows_SN is None else rows_SN
 
     def compute_again(self, matrices: Matrices) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ class Call:
             wh_RI = None
         elif wh_RI is None:
             shape = (self.routing.slot_R.shape[0], self.params.w_out.shape[1])
-            wh_RI = _borrow(matrices.w_in, shape)
+            wh_RI = _borrow(matrices, shape)
             if wh_RI is None:
                 wh_RI = saved_SN.new_empty(shape)
         d_pre_RN, d_w_PR = layer_backward.grad_hidden(
@@ -252,13 +252,14 @@ class Call:
             )
         for (rows, _), out in zip(self._in_projections(d_pre_RN), outs, strict=False):
             if out is not None:
-                self._grad_matrix(tokens, rows, out, gathered)
+                self._grad_matrix(tokens, rows, out, gathered, add=matrices.has_values)
 
     def grad_out_projection(self, grads: Tensor, wh_RI: Tensor | None, matrices: Matrices) -> None:
         """Fill the gradient of w_out; `grads` is the gradient of y, or its rows."""
         if matrices.w_out is not None:
             assert wh_RI is not None
-            self._grad_matrix(grads, wh_RI, matrices.w_out.transpose(1, 2), self.gathered)
+            out_LHI = matrices.w_out.transpose(1, 2)
+            self._grad_matrix(grads, wh_RI, out_LHI, self.gathered, add=matrices.has_values)
 
     def grad_biases(self, d_pre_RN: Tensor, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return (d_b_in, d_b_up, d_b_out); `grads` is the gradient of y, or its rows."""
@@ -295,7 +296,9 @@ class Call:
             return [(d_pre_RN, w_in)]
         return [(d_pre_RN[:, :inter], w_in), (d_pre_RN[:, inter:], w_up)]
 
-    def _grad_matrix(self, tokens: Tensor, rows: Tensor, out_LHQ: Tensor, gathered: bool) -> None:
+    def _grad_matrix(
+        self, tokens: Tensor, rows: Tensor, out_LHQ: Tensor, gathered: bool, *, add: bool
+    ) -> None:
         grad_params.grad_weight(
             tokens,
             rows,
@@ -304,11 +307,14 @@ class Call:
             self.plan.grad_weight,
             self.top_k,
             gathered=gathered,
+            add=add,
         )
 
 
-def _borrow(lender: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """Return a contiguous tensor of `shape` in the memory of `lender`, None if it does not fit."""
-    if lender is None or lender.numel() < shape[0] * shape[1]:
+def _borrow(matrices: Matrices, shape: tuple[int, int]) -> Tensor | None:
+    """Return a contiguous tensor of `shape` in the memory of w_in's gradient, None if that is not
+    free or too small."""
+    lender = matrices.w_in
+    if lender is None or matrices.has_values or lender.numel() < shape[0] * shape[1]:
         return None
     return lender.as_strided(shape, (shape[1], 1))

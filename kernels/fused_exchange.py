@@ -18,7 +18,7 @@ from torch import Tensor
 from comet_compile.kernels import fused_backward, grad_routing
 from comet_compile.kernels.exchange_call import ExchangeCall
 from comet_compile.kernels.exchange_plan import ExchangePlan
-from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
+from comet_compile.kernels.experts import ExpertParams, LayerMath, Matrices, Needs
 from comet_compile.kernels.grad_routing import push_scores_kernel, sum_scores_kernel
 from comet_compile.kernels.launch import div_up, full_grid, launch
 from comet_compile.kernels.portable import Routed
@@ -58,15 +58,17 @@ def all_to_all_backward(
     workspace: Workspace,
     deadline: float,
     saved_SN: Tensor | None = None,
+    into: Matrices | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
     What `needs` does not ask for, or whose input is None, is None; d_x must be asked for.
-    `saved_SN`: what the forward was given under that name; None has the rows computed again. That
-    is each rank's own affair.
+    `saved_SN`: what the forward was given under that name; None has the rows computed again. The
+    gradients of matrices are added to `into` if given, and None here. Both are each rank's own
+    affair.
     """
     call = BackwardCall(
-        grad_y, routed, params, math, needs, plan, workspace, deadline, saved_SN=saved_SN
+        grad_y, routed, params, math, needs, plan, workspace, deadline, saved_SN=saved_SN, into=into
     )
     call.publish()
     call.receive()
@@ -94,13 +96,14 @@ class BackwardCall(ExchangeCall):
         deadline: float,
         *,
         saved_SN: Tensor | None = None,
+        into: Matrices | None = None,
         clock: bool = True,
     ) -> None:
         super().__init__(
             routed, params, math, plan, workspace, deadline,
             grad_y=grad_y.to(routed.x.dtype), clock=clock,
         )  # fmt: skip
-        self.needs, self.saved_SN = needs, saved_SN
+        self.needs, self.saved_SN, self.into = needs, saved_SN, into
         self.needs_weights = needs.weights and self.weights is not None
         self.weights_dtype = None if routed.weights is None else routed.weights.dtype
         self.scores = workspace.view(
@@ -128,7 +131,7 @@ class BackwardCall(ExchangeCall):
             plan=plan,
             gathered=plan.gathers,
         )
-        matrices = local.new_matrices()
+        matrices = self.into or local.new_matrices()
         saved_SN, wh_RI = self._rows(local, matrices)
         grads = local.gather_grads()
         d_pre_RN, wh_RI, d_w_PR = local.grad_hidden(
@@ -153,7 +156,7 @@ class BackwardCall(ExchangeCall):
         d_biases = local.grad_biases(d_pre_RN, grads)
         local.grad_out_projection(grads, wh_RI, matrices)
         local.grad_in_projections(d_pre_RN, matrices, grads if local.gathered else None)
-        self.param_grads = (matrices.w_in, matrices.w_up, matrices.w_out, *d_biases)
+        self.param_grads = (*fused_backward.new_gradients(matrices), *d_biases)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Return the gradients; those of tokens and weights have what the peers sent."""
@@ -162,9 +165,7 @@ class BackwardCall(ExchangeCall):
         self.sum_and_end(self.rows_RH, self._weights_before(), d_x_TH)
         return d_x_TH, d_weights, *self.param_grads
 
-    def _rows(
-        self, local: fused_backward.Call, matrices: fused_backward.Matrices
-    ) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, local: fused_backward.Call, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
         """Fetch; return the rows in front of the activation, and memory [R, I] if there is some."""
         if self.saved_SN is not None:
             dots = self.needs_weights and self.math.weight_place == "before"

@@ -26,18 +26,21 @@ def grad_weight(
     top_k: int,
     *,
     gathered: bool = False,
+    add: bool = False,
 ) -> None:
     """Fill `out_LHQ` [L, H, Q] with the sum over an expert's rows of tokens^T [H] rows [Q].
 
-    `tokens` is [T, H], or if `gathered` their rows [R, H]. `out_LHQ` has H or Q contiguous.
-    `rows_RQ` may be columns of a wider tensor.
+    With `add`, the sum is added to what is there, in float32, and rounded once. `tokens` is [T, H],
+    or if `gathered` their rows [R, H]. `out_LHQ` has H or Q contiguous. `rows_RQ` may be columns of
+    a wider tensor.
     """
     num_experts, hidden, num_q = out_LHQ.shape
     h_contiguous = out_LHQ.stride(1) == 1 and out_LHQ.stride(2) != 1
     memory = out_LHQ.transpose(1, 2) if h_contiguous else out_LHQ
     num_rows = rows_RQ.shape[0]
     if num_rows == 0:
-        out_LHQ.zero_()
+        if not add:
+            out_LHQ.zero_()
         return
     block_k = min(tiles.block_k, routing.block_m)
     # the wide side of a tile is the contiguous one
@@ -64,6 +67,7 @@ def grad_weight(
         BK=block_k,
         GATHERED=gathered,
         H_CONTIGUOUS=h_contiguous,
+        ADD=add,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -125,6 +129,7 @@ def grad_weight_kernel(
     BK: tl.constexpr,
     GATHERED: tl.constexpr,
     H_CONTIGUOUS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """Grid: as many programs as fit, each taking every num_programs-th tile of all experts.
 
@@ -140,7 +145,12 @@ def grad_weight_kernel(
         start_q = (inside // num_h) * BQ
         begin, end = _rows_of(expert, end_tile_L_ptr, BM)
         offs_h = start_h + tl.arange(0, BH)
-        acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
+        if not ADD:
+            acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
+        elif H_CONTIGUOUS:
+            acc = out_desc.load([expert, start_q, start_h]).reshape(BQ, BH).to(tl.float32)
+        else:
+            acc = out_desc.load([expert, start_h, start_q]).reshape(BH, BQ).to(tl.float32)
         for row in tl.range(begin, end, BK):
             if GATHERED:
                 tokens = tokens_ptr.load([row, start_h])

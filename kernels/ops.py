@@ -41,7 +41,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from comet_compile.kernels import paths
 from comet_compile.kernels.agreement import AGREEMENTS
-from comet_compile.kernels.experts import Needs
+from comet_compile.kernels.experts import ExpertParams, Matrices, Needs
+from comet_compile.kernels.lent_gradients import LOANS
 from comet_compile.kernels.validate import Checked, Layer, check_again, check_layer
 
 # Without the tag Inductor would capture the op, since the graph itself holds no host read any more.
@@ -182,13 +183,32 @@ def _moe_layer_backward(
         group, offers = _agreed_group(
             "comet::moe_layer_backward", form, group_name, layer, checked, facts, offer
         )
+    into = _lent_gradients(params, wanted)
     if form == "all_to_all" and group is not None and group.size() > 1:
         grads = paths.all_to_all_backward(
-            grad_y, routed, saved, params, math, wanted, group, offers, checked.number
+            grad_y, routed, saved, params, math, wanted, group, offers, checked.number, into
         )
     else:
-        grads = paths.local_backward(grad_y, routed, saved, params, math, wanted, checked.number)
+        grads = paths.local_backward(
+            grad_y, routed, saved, params, math, wanted, checked.number, into
+        )
     return *(x.new_empty(0) if grad is None else grad for grad in grads), _token_out(x, form)
+
+
+def _lent_gradients(params: ExpertParams, needs: Needs) -> Matrices | None:
+    """Return the gradients that the matrices have already, if they were lent to be added to."""
+    if LOANS.are_none:
+        return None
+    wanted = {
+        name: weight
+        for name in ("w_in", "w_up", "w_out")
+        if getattr(needs, name) and (weight := getattr(params, name)) is not None
+    }
+    found = LOANS.take(list(wanted.values()))
+    if found is None:
+        return None
+    lent = dict(zip(wanted, found, strict=True))
+    return Matrices(lent.get("w_in"), lent.get("w_up"), lent.get("w_out"), has_values=True)
 
 
 def _moe_layer_backward_fake(

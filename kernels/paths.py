@@ -21,7 +21,13 @@ from torch import Tensor
 
 from comet_compile.kernels import portable
 from comet_compile.kernels.agreement import AGREEMENTS
-from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs, weight_gradients
+from comet_compile.kernels.experts import (
+    ExpertParams,
+    LayerMath,
+    Matrices,
+    Needs,
+    weight_gradients,
+)
 from comet_compile.kernels.grouped import is_grouped_dtype
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.validate import describe
@@ -124,24 +130,47 @@ def local_backward(
     math: LayerMath,
     needs: Needs,
     number: int,
+    into: Matrices | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
-    What `needs` does not ask for is None. `number` is that of `validate.check_again`.
+    What `needs` does not ask for is None; the gradients of matrices are `into` if given, added to.
+    `number` is that of `validate.check_again`.
     """
     plan = _plan_here(routed, params, math, number)
     if plan is not None:
         with _on_device(grad_y.device):
-            return _replay(
-                ("local_backward", number, describe(grad_y), describe(saved), needs),
-                (grad_y, saved, *_tensors(routed), *_tensors(params)),
+            grads = _replay(
+                ("local_backward", number, describe(grad_y), describe(saved), needs, into is None),
+                (grad_y, saved, *_tensors(routed), *_tensors(params), *_matrices(into)),
                 lambda: _fused_backward().local_backward(
-                    grad_y, routed, saved, params, math, needs, plan
+                    grad_y, routed, saved, params, math, needs, plan, into
                 ),
             )
+        return grads if into is None else _with_matrices(grads, _matrices(into))
     pre = saved if saved.dim() == 2 else None
     d_x, d_weights, part = portable.local_backward(grad_y, routed, pre, params, math, needs)
-    return d_x, d_weights, *weight_gradients([part], params, needs)
+    return _add_up((d_x, d_weights, *weight_gradients([part], params, needs)), into)
+
+
+def _matrices(into: Matrices | None) -> tuple[Tensor | None, ...]:
+    return (None, None, None) if into is None else (into.w_in, into.w_up, into.w_out)
+
+
+def _with_matrices(
+    grads: tuple[Tensor | None, ...], matrices: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    return (*grads[:2], *matrices, *grads[5:])
+
+
+def _add_up(grads: tuple[Tensor | None, ...], into: Matrices | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients, those of matrices added to `into` if given."""
+    if into is None:
+        return grads
+    for total, grad in zip(_matrices(into), grads[2:5], strict=True):
+        if total is not None and grad is not None:
+            total.add_(grad)
+    return _with_matrices(grads, _matrices(into))
 
 
 def why_portable_here(
@@ -217,10 +246,12 @@ def all_to_all_backward(
     group: dist.ProcessGroup,
     offers: Sequence[str | None],
     number: int,
+    into: Matrices | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
-    Fused as the forward is, where the gradient of x is asked for.
+    Fused as the forward is, where the gradient of x is asked for. The gradients of matrices are
+    `into` if given, added to.
     """
     call = None
     if needs.x:
@@ -229,10 +260,13 @@ def all_to_all_backward(
         d_x, d_weights, parts = portable.all_to_all_backward(
             grad_y, routed, params, math, needs, group
         )
-        return d_x, d_weights, *weight_gradients(parts, params, needs)
+        return _add_up((d_x, d_weights, *weight_gradients(parts, params, needs)), into)
     plan, workspace = call.plan, _workspace(call, group, grad_y.device)
     kept = saved if saved.dim() == 2 and call.keeps else None
     deadline = AGREEMENTS.seconds(group)
+
+    # of several rounds the sum is rounded once, and then added
+    added = into if call.num_rounds == 1 else None
 
     def run_round(index: int) -> tuple[Tensor | None, ...]:
         part, grad_part = routed, grad_y
@@ -242,20 +276,21 @@ def all_to_all_backward(
         return _replay(
             (
                 "all_to_all_backward", number, describe(grad_part), describe(kept), plan.capacity,
-                index, needs, deadline,
+                index, needs, deadline, added is None,
             ),
-            (grad_part, *_tensors(part), *_tensors(params), kept),
+            (grad_part, *_tensors(part), *_tensors(params), kept, *_matrices(added)),
             lambda: _fused_exchange().all_to_all_backward(
-                grad_part, part, params, math, needs, plan, workspace, deadline, kept
+                grad_part, part, params, math, needs, plan, workspace, deadline, kept, added
             ),
             workspace.constants,
         )  # fmt: skip
 
     with _on_device(grad_y.device):
         workspace.enter()
-        if call.num_rounds == 1:
-            return run_round(0)
-        return _join_rounds(map(run_round, range(call.num_rounds)))
+        if call.num_rounds > 1:
+            return _add_up(_join_rounds(map(run_round, range(call.num_rounds))), into)
+        grads = run_round(0)
+        return grads if into is None else _with_matrices(grads, _matrices(into))
 
 
 def _join_rounds(rounds: Iterable[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:

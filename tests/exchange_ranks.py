@@ -19,7 +19,7 @@ from torch import Tensor
 
 from comet_compile.kernels.exchange_call import ExchangeCall
 from comet_compile.kernels.exchange_plan import ExchangePlan
-from comet_compile.kernels.experts import Needs
+from comet_compile.kernels.experts import Matrices, Needs
 from comet_compile.kernels.fused_exchange import BackwardCall
 from comet_compile.kernels.route_tiles import TileRouting
 from comet_compile.kernels.sync import MESSAGE_FIELDS
@@ -165,6 +165,7 @@ class Ranks:
         layers: Sequence[Case],
         needs: Needs | None = None,
         saved: Sequence[Tensor | None] | None = None,
+        into: Sequence[Matrices | None] | None = None,
     ) -> list[tuple[Tensor | None, ...]]:
         """Each rank's gradients; ranks without `saved` rows compute them again."""
         calls = [
@@ -178,6 +179,7 @@ class Ranks:
                 self.workspaces[rank],
                 deadline=5.0,
                 saved_SN=None if saved is None else saved[rank],
+                into=None if into is None else into[rank],
                 clock=self.device != "cpu",
             )
             for rank, layer in enumerate(layers)

@@ -21,7 +21,9 @@ pytest.importorskip("transformers")
 
 from zoo import hf
 
+from comet_compile import accumulate_gradients
 from comet_compile.kernels import paths
+from comet_compile.kernels.lent_gradients import LOANS
 
 NAME = "qwen3_moe"
 # one way to train: (the module, what to call in its place, its input) -> gradients by name
@@ -114,13 +116,17 @@ def _count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # -- gradients of more than one backward pass, or of less than everything ---------------------
 
 
-def test_gradients_accumulate_over_micro_batches() -> None:
+@pytest.mark.parametrize("lends", [False, True])
+def test_gradients_accumulate_over_micro_batches(lends: bool) -> None:
     other = hf.hidden_states(NAME, seed=1)
 
     def way(module: nn.Module, call: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
         module.zero_grad(set_to_none=True)
         for micro_batch in (x, other.to(x.dtype)):
-            _loss(call(micro_batch)).backward()
+            loss = _loss(call(micro_batch))
+            with accumulate_gradients(module if lends else ()):
+                loss.backward()
+                assert call is module or LOANS.are_none, "comet's layers take what is lent"
         return _gradients(module)
 
     assert_same_training(hf.moe_block(NAME), way)

@@ -20,7 +20,7 @@ from exchange_ranks import LocalWorkspace
 
 from comet_compile.kernels import exchange_call, exchange_plan, fused, fused_backward
 from comet_compile.kernels.activation import Activation
-from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
+from comet_compile.kernels.experts import ExpertParams, LayerMath, Matrices, Needs
 from comet_compile.kernels.fused_exchange import BackwardCall
 from comet_compile.kernels.plan import Device, Plan, choose_plan
 from comet_compile.kernels.portable import Routed
@@ -332,6 +332,21 @@ def test_backward_compiles_without_a_spill(capability: int, name: str, num_token
         {**REGISTERS_BY_KERNEL, **dict(zip(gemms, registers, strict=True))},
         {"grad_hidden": SPILLED_BYTES.get((capability, name, num_tokens), 0)},
     )
+
+
+@pytest.mark.parametrize("k_contiguous", [True, False])
+def test_weight_gradients_that_are_added_compile_without_a_spill(k_contiguous: bool) -> None:
+    model = dataclasses.replace(MODELS["qwen3_30b"], k_contiguous=k_contiguous)
+    layer = Layer.of(model, 8192, biases=False)
+    w_in, w_out = layer.params.w_in, layer.params.w_out
+    into = Matrices(torch.empty_like(w_in), None, torch.empty_like(w_out), has_values=True)
+    saved, grad_y = empty(8192 * 8, 2 * model.inter), empty(8192, model.hidden)
+    args = layer.routed, saved, layer.params, layer.math, Needs(), plan_of(90, model, 8192), into
+    with compiling_for(90) as compiled:
+        fused_backward.local_backward(grad_y, *args)
+    kernels = [kernel for kernel in compiled if kernel.name == "grad_weight_kernel"]
+    assert kernels
+    assert_within(kernels, 90, {"grad_weight": 255}, {})
 
 
 def row_sums_of(model: Model) -> set[str]:

@@ -28,7 +28,7 @@ from moe_cases import GRAD_NAMES, Case
 from numerics import assert_matches_ref
 
 from comet_compile.kernels import fused, fused_backward, layer1, portable
-from comet_compile.kernels.experts import Needs, weight_gradients
+from comet_compile.kernels.experts import Matrices, Needs, weight_gradients
 from comet_compile.kernels.plan import Device, Plan, choose_plan
 from comet_compile.kernels.refs import moe_layer_backward_ref
 
@@ -377,6 +377,43 @@ def test_rows_computed_again_where_their_memory_is_borrowed_or_not(needs: Needs)
     for num_tokens in (300, 9):
         case = small_case(num_tokens=num_tokens, separate_up=True)
         assert_same_bits_from_computed_rows(case, needs)
+
+
+@pytest.mark.parametrize(
+    ("permuted", "separate_up", "saves"),
+    covering([False, True], [False, True], [False, True]),
+)
+def test_gradients_of_matrices_are_added_to_others(
+    permuted: bool, separate_up: bool, saves: bool
+) -> None:
+    case = small_case(num_tokens=13, permuted=permuted, separate_up=separate_up, biases=True)
+    alone = dict(zip(GRAD_NAMES, run(case), strict=True))
+    generator = torch.Generator().manual_seed(9)
+    before = {}
+    for name in ("w_in", "w_up", "w_out"):
+        if alone[name] is not None:
+            noise = torch.randn(alone[name].shape, generator=generator)
+            before[name] = torch.empty_like(alone[name]).copy_(noise)
+    into = {name: grad.clone() for name, grad in before.items()}
+    args = routed(case), params(case), math(case)
+    saved = torch.empty(0, dtype=case.x.dtype)
+    if saves:
+        _, saved = fused.local_forward(*args, case.out_dtype, save=True, plan=SMALL)
+    got = fused_backward.local_backward(
+        case.grad_y, args[0], saved, *args[1:], Needs(), SMALL,
+        Matrices(into["w_in"], into.get("w_up"), into["w_out"], has_values=True),
+    )  # fmt: skip
+    for name, grad in zip(GRAD_NAMES, got, strict=True):
+        if name not in before:
+            assert (grad is None) == (alone[name] is None), name
+            assert grad is None or torch.equal(grad, alone[name]), name
+            continue
+        assert grad is None, name
+        expected = before[name].double() + alone[name].double()
+        # one rounding of the sum, and that of `alone`
+        bound = 2.0**-10 * (expected.abs() + alone[name].double().abs()) + 1e-6
+        assert ((into[name].double() - expected).abs() <= bound).all(), name
+        assert not torch.equal(into[name], before[name]), name
 
 
 def assert_same_bits_from_computed_rows(case: Case, needs: Needs) -> None:

@@ -21,7 +21,7 @@ from moe_cases import GRAD_NAMES, Case
 from numerics import assert_matches_ref
 
 from comet_compile.kernels import portable
-from comet_compile.kernels.experts import Needs, weight_gradients
+from comet_compile.kernels.experts import Matrices, Needs, weight_gradients
 from comet_compile.kernels.refs import moe_layer_backward_ref
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -153,6 +153,20 @@ def test_saved_rows_give_the_same_bits(
             for name, grad, other in zip(GRAD_NAMES, first, second, strict=True):
                 assert (grad is None) == (other is None), name
                 assert grad is None or torch.equal(grad, other), name
+
+
+def test_one_rank_adds_to_gradients_that_it_has() -> None:
+    ranks = Ranks(2, gathers=True, biases=True)
+    layers = ranks.tokens((11, 9))
+    plain = ranks.run_backward(layers)
+    zeros = [None if grad is None else torch.zeros_like(grad) for grad in plain[1][2:5]]
+    added = ranks.run_backward(layers, into=[None, Matrices(*zeros, has_values=True)])
+    for rank, grads in enumerate(plain):
+        got = (*added[rank][:2], *zeros, *added[rank][5:]) if rank == 1 else added[rank]
+        assert rank == 0 or added[rank][2:5] == (None, None, None)
+        for name, grad, other in zip(GRAD_NAMES, got, grads, strict=True):
+            assert (grad is None) == (other is None), name
+            assert grad is None or torch.equal(grad, other), name
 
 
 def test_calls_of_both_directions_follow_each_other() -> None:

@@ -33,7 +33,7 @@ from comet_compile.kernels import (
     launch,
     recording,
 )
-from comet_compile.kernels.experts import Needs
+from comet_compile.kernels.experts import Matrices, Needs
 from comet_compile.kernels.packed_launch import UnknownLayoutError
 from comet_compile.kernels.plan import Device
 from comet_compile.kernels.recording import Recording, Results
@@ -81,15 +81,24 @@ def record(
     return Recording(noted, inputs, constants, results)
 
 
-def record_backward(case: Case, needs: Needs | None = None, gathers: bool = False) -> Recording:
+def record_backward(
+    case: Case, needs: Needs | None = None, gathers: bool = False, into: Matrices | None = None
+) -> Recording:
     columns = case.w_in.shape[2] + (0 if case.w_up is None else case.w_up.shape[2])
     saved = torch.empty(case.ids.numel(), columns, dtype=case.x.dtype)
     plan = dataclasses.replace(SMALL, gathers=gathers)
-    args = params(case), math(case), needs or Needs(), plan
+    args = params(case), math(case), needs or Needs(), plan, into
     return record(
         lambda: fused_backward.local_backward(case.grad_y, routed(case), saved, *args),
         *(case.grad_y, saved, *case.tensors()),
+        *((into.w_in, into.w_up, into.w_out) if into else ()),
     )
+
+
+def test_backward_that_adds_to_gradients() -> None:
+    case = small_case(num_tokens=5, biases=True)
+    into = Matrices(torch.empty_like(case.w_in), None, torch.empty_like(case.w_out), True)
+    record_backward(case, into=into)
 
 
 @pytest.mark.parametrize("save", [False, True])
