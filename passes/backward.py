@@ -16,6 +16,7 @@ Steps
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -134,12 +135,20 @@ def _pure_part(
     """Backward nodes that depend on `grad_y`, the region and constants alone, in graph order."""
     candidate = layer.candidate
     known = {*candidate.nodes}
+    constants = _Constants(known)
     pure: set[fx.Node] = {grad_y}
-    for node in sorted(_reach(grad_y, backward), key=order.__getitem__):
-        if node.op != "call_function":
-            continue
-        if all(s in pure or s in known or _is_constant(s, known) for s in node.all_input_nodes):
+    # in graph order, and no further than is pure: the whole backward of a deep model lies below
+    heap, seen = [(order[grad_y], grad_y)], {grad_y}
+    while heap:
+        _, node = heapq.heappop(heap)
+        if node is not grad_y:
+            if not all(s in pure or constants.have(s) for s in node.all_input_nodes):
+                continue
             pure.add(node)
+        for user in node.users:
+            if user.op == "call_function" and user in backward and user not in seen:
+                seen.add(user)
+                heapq.heappush(heap, (order[user], user))
     pure = _about(pure, grad_y, known - set(candidate.inputs), order)
     # what the incoming gradient itself is computed from is no part of the layer
     sources = {s for n in pure - {grad_y} for s in n.all_input_nodes}
@@ -161,24 +170,34 @@ def _about(
     return (ancestors(touched, stop=lambda n: n not in pure) & pure) | {grad_y}
 
 
-def _reach(root: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = list(root.users)
-    while stack:
-        node = stack.pop()
-        if node in backward and node not in seen:
-            seen.add(node)
-            stack.extend(node.users)
-    return seen
+class _Constants:
+    """Values outside the backward: made from nothing, from sizes, or from `known` nodes (a flipped
+    stack). Every node is looked at once."""
 
+    def __init__(self, known: set[fx.Node]) -> None:
+        self._known = known
+        self._verdicts: dict[fx.Node, bool] = {}
 
-def _is_constant(node: fx.Node, known: set[fx.Node]) -> bool:
-    """Outside the backward: made from nothing, from sizes, or from the region (a flipped stack)."""
-    if node in known or is_known_size(node):
-        return True
-    if node.op != "call_function":
-        return False
-    return all(_is_constant(s, known) for s in node.all_input_nodes)
+    def have(self, node: fx.Node) -> bool:
+        """Whether `node` is one of them."""
+        verdicts, stack = self._verdicts, [node]
+        while stack:  # the way to a graph's inputs may be longer than Python recurses
+            current = stack[-1]
+            if current in verdicts:
+                stack.pop()
+            elif current in self._known or is_known_size(current):
+                verdicts[current] = True
+            elif current.op != "call_function":
+                verdicts[current] = False
+            else:
+                sources = current.all_input_nodes
+                may_be = all(verdicts.get(s, True) for s in sources)
+                unknown = next((s for s in sources if s not in verdicts), None)
+                if may_be and unknown is not None:
+                    stack.append(unknown)
+                else:
+                    verdicts[current] = may_be
+        return verdicts[node]
 
 
 def _with_sources(nodes: set[fx.Node], known: set[fx.Node]) -> set[fx.Node]:

@@ -42,7 +42,14 @@ from comet_compile.passes.prove import Layer, prove, weighting
 from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason, more_telling
 from comet_compile.passes.region import Candidate, ExpertPair
-from comet_compile.passes.rewrite import Rewritten, blocked, emit_arguments, finish, replace
+from comet_compile.passes.rewrite import (
+    Rewritten,
+    blocked,
+    effects,
+    emit_arguments,
+    finish,
+    replace,
+)
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +109,7 @@ class _Session:
     rewritten: list[Rewritten] = dataclasses.field(default_factory=list)
     proofs: dict[Hashable, Layer | Rejection] = dataclasses.field(default_factory=dict)
     matches: Matches = dataclasses.field(default_factory=Matches)
+    effects: list[fx.Node] = dataclasses.field(default_factory=list)
     bytes_saved: int = 0  # by the layers rewritten so far
 
     @property
@@ -117,7 +125,7 @@ class _Session:
             log.debug("comet: no MoE region in a graph of %d nodes", len(self.graph.nodes))
             self._publish(started, len(self.graph.nodes), [], "", bool(backward))
             return
-        self.graph_id = next(_graph_ids)
+        self.graph_id, self.effects = next(_graph_ids), effects(self.graph)
         before, num_before = self._text(), len(self.graph.nodes)
         regions = [self._region(pair) for pair in pairs]
         regions += [self._refusal(node, rejection) for node, rejection in refused]
@@ -195,7 +203,7 @@ class _Session:
                 if failed_backward == _MAX_BACKWARD_TRIES:
                     break
                 continue
-            stuck = blocked(layer, gradients, backward)
+            stuck = blocked(layer, gradients, backward, self.effects)
             if stuck is not None:
                 log.debug("comet: %s refused: %s", candidate, stuck)
                 refusal = more_telling(refusal, stuck)

@@ -65,8 +65,23 @@ class Rewritten:
             self.backward.target = torch.ops.comet.moe_layer_backward_syncing.default
 
 
-def blocked(layer: Layer, gradients: Gradients | None, backward: set[fx.Node]) -> Rejection | None:
-    """Why the region cannot die: a user of its inner values that is not replaced."""
+def effects(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's output and its impure nodes: rewriting adds none."""
+    return [
+        n for n in graph.nodes if n.op == "output" or (n.op == "call_function" and n.is_impure())
+    ]
+
+
+def blocked(
+    layer: Layer,
+    gradients: Gradients | None,
+    backward: set[fx.Node],
+    impure: Sequence[fx.Node],
+) -> Rejection | None:
+    """Why the region cannot die: a user of its inner values that is not replaced.
+
+    `impure` are the graph's `effects`.
+    """
     candidate = layer.candidate
     inside = set(candidate.nodes) - set(candidate.inputs)
     gemms = {gemm.node for gemm in (*candidate.pair.ins, candidate.pair.out)}
@@ -76,7 +91,7 @@ def blocked(layer: Layer, gradients: Gradients | None, backward: set[fx.Node]) -
     held = {n for nodes in gradients.nodes.values() for n in nodes} if gradients else set()
     cut = {candidate.y, *held}
     owned = inside | _backward_region(gradients)
-    live = ancestors(_roots(candidate.y.graph, owned), stop=lambda n: n in cut) - cut
+    live = ancestors(_roots(impure, owned), stop=lambda n: n in cut) - cut
     needed = sorted(heavy & live, key=lambda n: n.name)
     if not needed:
         return None
@@ -89,14 +104,9 @@ def blocked(layer: Layer, gradients: Gradients | None, backward: set[fx.Node]) -
     return Rejection(RejectReason.VALUE_USED_ELSEWHERE, detail)
 
 
-def _roots(graph: fx.Graph, region: set[fx.Node]) -> list[fx.Node]:
+def _roots(impure: Sequence[fx.Node], region: set[fx.Node]) -> list[fx.Node]:
     """Nodes that stay whatever happens: the output and effects that the region does not own."""
-    return [
-        n
-        for n in graph.nodes
-        if n.op == "output"
-        or (n.op == "call_function" and n.is_impure() and not _is_owned_effect(n, region))
-    ]
+    return [n for n in impure if n.op == "output" or not _is_owned_effect(n, region)]
 
 
 def _is_owned_effect(node: fx.Node, region: set[fx.Node]) -> bool:
@@ -353,7 +363,7 @@ def _target_shape(node: fx.Node) -> list[Any]:
 
 def erase_dead(graph: fx.Graph, region: set[fx.Node]) -> None:
     """Erase what nothing needs, including effects that belong to the region."""
-    live = ancestors(_roots(graph, region))
+    live = ancestors(_roots(effects(graph), region))
     # a size check stays as long as the sizes that it checks are read
     for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
         if ancestors([node]) & region <= live:

@@ -202,3 +202,47 @@ def test_near_misses_get_different_numbers(difference: str) -> None:
 def test_inputs_of_another_dtype_get_different_numbers() -> None:
     terms = Terms()
     assert number(terms, times(2.0)) != number(terms, times(2.0), a=torch.float64)
+
+
+# -- deep models ------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Layers behind a long chain of values, each with a residual connection."""
+
+    def __init__(self, num_layers: int, chain: int = 0):
+        super().__init__()
+        self.layers = nn.ModuleList(near_misses.LocalMoE() for _ in range(num_layers))
+        self.chain = chain
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.chain):
+            x = 1.5 * torch.tanh(x)
+        for layer in self.layers:
+            x = x + layer(torch.tanh(x))
+        return x
+
+
+def test_the_search_for_gradients_grows_with_the_layers_not_their_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[int] = []
+    original = backward.is_known_size
+
+    def counted(node: fx.Node) -> bool:
+        looked_at[-1] += 1
+        return original(node)
+
+    monkeypatch.setattr(backward, "is_known_size", counted)
+    for num_layers in (4, 8, 12):
+        graph = joint_graphs.capture(Deep(num_layers), ep.tokens(T), train=True)
+        looked_at.append(0)
+        assert joint_graphs.num_rewritten(joint_graphs.run_pass(graph)) == num_layers
+    four, eight, twelve = looked_at
+    assert twelve - eight == eight - four
+
+
+def test_a_layer_behind_more_values_than_python_recurses() -> None:
+    graph = joint_graphs.capture(Deep(1, chain=700), ep.tokens(T), train=True)
+    counts = joint_graphs.run_pass(graph)
+    assert joint_graphs.num_rewritten(counts) == 1, counts
