@@ -21,8 +21,9 @@ import torch
 # tokens a rank, triton 3.6.0, benchmarks/results/kernels_ep_h100.json).
 _PACED_K = 2048
 # With rows that come by descriptor CTAs drift less: grad_hidden of 256 columns, flat and unpaced,
-# is faster for Qwen3-30B and Mixtral (H = 2048, 4096), slower for DeepSeek-V3 (7168; H100,
-# benchmarks/results/kernels_backward_h100.json).
+# takes 0.62 ms instead of 0.72 (Qwen3-30B, H = 2048), 3.9 instead of 4.5 (Mixtral, 4096; H100, 8192
+# tokens, half the experts, benchmarks/results/kernels_backward_h100.json). DeepSeek-V3's 7168 are
+# too many for that.
 _DRIFTING_K = 4096
 
 
@@ -171,10 +172,9 @@ def _grad_hidden(
 def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
     """The same whatever the rows' tiles are; `block_n` is along the contiguous dim of the result.
 
-    With tokens gathered first, 128 x 256 takes 0.67 ms where 128 x 128, two programs a
-    multiprocessor and tokens row by row took 1.01 (d_w_in of Qwen3-30B), 5.3 instead of 8.6
-    (Mixtral; H100, 8192 tokens, half the experts,
-    benchmarks/results/kernels_backward_*_h100.json).
+    From gathered tokens the copy engine feeds 128 x 256 at 600 TF for Qwen3-30B and 730 for
+    Mixtral; DeepSeek-V3's experts have so few rows that storing the tiles leaves 480 (H100, 8192
+    tokens, half the experts, benchmarks/results/kernels_backward_h100.json).
     """
     tiles = dataclasses.replace(
         layer1,
