@@ -242,7 +242,19 @@ def _table_parts(regions: tuple[RegionRecord, ...], width: int) -> Iterable[Any]
             if advice := advice_for(region.reason):
                 yield Padding(Text(f"to change: {advice}"), (0, 0, 0, 4))
         elif region.detail:
-            yield Padding(Text(region.detail), (0, 0, 0, 4))
+            yield Padding(Text(region.detail + _kept(region)), (0, 0, 0, 4))
+
+
+def _kept(region: RegionRecord) -> str:
+    """What a layer that is trained keeps for its backward, beside its own inputs."""
+    from rich import filesize
+
+    if region.backward == "none":
+        return ""
+    num_bytes = region.estimate.get("bytes_saved", 0)
+    if num_bytes == 0:
+        return "; its backward computes its rows again"
+    return f"; keeps {filesize.decimal(num_bytes)} for its backward"
 
 
 def _closing_lines(report: Report) -> Iterable[str]:

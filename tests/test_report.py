@@ -39,6 +39,22 @@ def test_text_shows_each_region_with_its_place_and_the_reason_below() -> None:
     assert any(line.split()[:1] == ["model.py:90"] and "call to print" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("backward", "bytes_saved", "below"),
+    [
+        ("fused", 65536, "8 experts; keeps 65.5 kB for its backward"),
+        ("portable", 0, "8 experts; its backward computes its rows again"),
+        ("none", 0, "8 experts"),
+    ],
+)
+def test_text_says_what_a_layer_keeps(backward: str, bytes_saved: int, below: str) -> None:
+    region = hand_made.region(
+        backward=backward, detail="8 experts", estimate={"bytes_saved": bytes_saved}
+    )
+    report = Report((hand_made.graph(region),), num_graphs=1)
+    assert f"    {below}" in str(report).splitlines()
+
+
 @pytest.mark.parametrize("width", [80, 110, 200])
 def test_text_is_as_wide_as_asked_and_loses_no_name(width: int) -> None:
     text = hand_made.report().to_text(width)
