@@ -133,7 +133,7 @@ def choose_plan(
     paced = hidden >= _PACED_K and block_m >= 64
     layer0 = dataclasses.replace(layer0, paced=paced)
     layer1 = _tiles(block_m, width, warps, inter, hidden, num_slots, num_experts, device)
-    layer1 = dataclasses.replace(layer1, flat=block_m >= 64 and _is_wide(device))
+    layer1 = dataclasses.replace(layer1, flat=block_m >= 64)
     if gated:
         layer0 = dataclasses.replace(
             layer0, num_stages=_stages(block_m, 2 * layer0.block_n, layer0, device)
