@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from comet_compile.kernels import paths
+from comet_compile.kernels import exchange_paths, paths
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import ExpertParams, Matrices, Needs
 from comet_compile.kernels.lent_gradients import LOANS
@@ -100,7 +100,7 @@ def _moe_layer(
             "comet::moe_layer", form, group_name, layer, checked, facts, offer
         )
         if form == "all_to_all" and group.size() > 1:
-            y, saved = paths.all_to_all_forward(
+            y, saved = exchange_paths.forward(
                 routed, params, math, out_dtype, group, offers, number,
                 save=save == "pre_activation",
             )  # fmt: skip
@@ -185,7 +185,7 @@ def _moe_layer_backward(
         )
     into = _lent_gradients(params, wanted)
     if form == "all_to_all" and group is not None and group.size() > 1:
-        grads = paths.all_to_all_backward(
+        grads = exchange_paths.backward(
             grad_y, routed, saved, params, math, wanted, group, offers, checked.number, into
         )
     else:

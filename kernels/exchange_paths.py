@@ -1,0 +1,261 @@
+"""The all-to-all layers: fused between ranks of one machine, in rounds if need be, else portable.
+
+Everything that decides is known to all ranks alike: what each offered, the numbers of tokens (which
+they post on the board), sizes and dtypes. Legend: as in `ops`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comet_compile.kernels import portable
+from comet_compile.kernels.agreement import AGREEMENTS
+from comet_compile.kernels.experts import (
+    ExpertParams,
+    LayerMath,
+    Matrices,
+    Needs,
+    weight_gradients,
+)
+from comet_compile.kernels.path_calls import (
+    add_up,
+    fused_exchange,
+    matrices_of,
+    on_device,
+    remember,
+    replay,
+    tensors_of,
+    with_matrices,
+)
+from comet_compile.kernels.portable import Routed
+from comet_compile.kernels.validate import describe
+
+
+def forward(
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    out_dtype: torch.dtype,
+    group: dist.ProcessGroup,
+    offers: Sequence[str | None],
+    number: int,
+    *,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return (y [T, H], saved) for tokens sharded over the group, expert e on rank ``e // L``.
+
+    Fused where no rank objects (`offers`) and the ranks share a machine: facts that all ranks have
+    in common, so all take one path. `saved`, [0] unless asked for, has room for as many slots as
+    there would be if all ranks had this rank's tokens, and holds rows if `_ExchangePlan.keeps`,
+    else NaN.
+    """
+    saved = routed.x.new_empty(0)
+    if save:
+        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
+        saved = routed.x.new_empty(group.size() * routed.ids.numel(), columns)
+    call = _plan_exchange(routed, params, math, group, offers, number)
+    if save and (call is None or not call.keeps):
+        saved.fill_(float("nan"))
+    if call is None:
+        return portable.all_to_all_forward(routed, params, math, out_dtype, group), saved
+    plan, num_rounds = call.plan, call.num_rounds
+    workspace = _workspace(call, group, routed.x.device)
+    kept = saved if save and call.keeps else None
+    deadline = AGREEMENTS.seconds(group)
+    y = routed.x.new_empty(routed.x.shape, dtype=out_dtype)
+    with on_device(routed.x.device):
+        workspace.enter()
+        for index in range(num_rounds):
+            part, y_part = routed, y
+            if num_rounds > 1:
+                tokens = slice(index * plan.capacity, (index + 1) * plan.capacity)
+                part, y_part = _tokens_of(routed, tokens), y[tokens]
+            replay(
+                (
+                    "all_to_all_forward", number, out_dtype, plan.capacity, index, deadline,
+                    kept is None,
+                ),
+                (*tensors_of(part), *tensors_of(params), y_part, kept),
+                functools.partial(
+                    fused_exchange().all_to_all_forward,
+                    part, params, math, plan, workspace, deadline, y_part, kept,
+                ),
+                workspace.constants,
+            )  # fmt: skip
+    return y, saved
+
+
+def backward(
+    grad_y: Tensor,
+    routed: Routed,
+    saved: Tensor,
+    params: ExpertParams,
+    math: LayerMath,
+    needs: Needs,
+    group: dist.ProcessGroup,
+    offers: Sequence[str | None],
+    number: int,
+    into: Matrices | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
+
+    Fused as the forward is, where the gradient of x is asked for. The gradients of matrices are
+    `into` if given, added to.
+    """
+    call = None
+    if needs.x:
+        call = _plan_exchange(routed, params, math, group, offers, number, backward=True)
+    if call is None:
+        d_x, d_weights, parts = portable.all_to_all_backward(
+            grad_y, routed, params, math, needs, group
+        )
+        return add_up((d_x, d_weights, *weight_gradients(parts, params, needs)), into)
+    plan, workspace = call.plan, _workspace(call, group, grad_y.device)
+    kept = saved if saved.dim() == 2 and call.keeps else None
+    deadline = AGREEMENTS.seconds(group)
+
+    # of several rounds the sum is rounded once, and then added
+    added = into if call.num_rounds == 1 else None
+
+    def run_round(index: int) -> tuple[Tensor | None, ...]:
+        part, grad_part = routed, grad_y
+        if call.num_rounds > 1:
+            tokens = slice(index * plan.capacity, (index + 1) * plan.capacity)
+            part, grad_part = _tokens_of(routed, tokens), grad_y[tokens]
+        return replay(
+            (
+                "all_to_all_backward", number, describe(grad_part), describe(kept), plan.capacity,
+                index, needs, deadline, added is None,
+            ),
+            (grad_part, *tensors_of(part), *tensors_of(params), kept, *matrices_of(added)),
+            lambda: fused_exchange().all_to_all_backward(
+                grad_part, part, params, math, needs, plan, workspace, deadline, kept, added
+            ),
+            workspace.constants,
+        )  # fmt: skip
+
+    with on_device(grad_y.device):
+        workspace.enter()
+        if call.num_rounds > 1:
+            return add_up(_join_rounds(map(run_round, range(call.num_rounds))), into)
+        grads = run_round(0)
+        return grads if into is None else with_matrices(grads, matrices_of(into))
+
+
+def _join_rounds(rounds: Iterable[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all tokens: those of tokens one after the other, of parameters
+    added up in float32, round by round."""
+    of_tokens: list[list[Tensor]] = [[], []]
+    sums: list[Tensor | None] = []
+    dtypes: list[torch.dtype | None] = []
+    for grads in rounds:
+        for kept, grad in zip(of_tokens, grads, strict=False):
+            if grad is not None:
+                kept.append(grad)
+        if not sums:
+            dtypes = [None if grad is None else grad.dtype for grad in grads[2:]]
+            sums = [None if grad is None else grad.float() for grad in grads[2:]]
+            continue
+        for total, grad in zip(sums, grads[2:], strict=True):
+            if total is not None and grad is not None:
+                total.add_(grad)
+    rounded = (
+        None if total is None else total.to(dtype)
+        for total, dtype in zip(sums, dtypes, strict=True)
+    )
+    return *(torch.cat(kept) if kept else None for kept in of_tokens), *rounded
+
+
+def _tokens_of(routed: Routed, tokens: slice) -> Routed:
+    weights = None if routed.weights is None else routed.weights[tokens]
+    return Routed(routed.x[tokens], routed.ids[tokens], weights)
+
+
+_exchange_plans: dict[Any, Any] = {}
+# Of all rows, if all tokens chose one rank. A call that would need more runs in rounds of fewer
+# tokens.
+_MAX_ROW_BYTES, _MAX_BACKWARD_ROW_BYTES = 4 * 2**30, 12 * 2**30
+
+
+def _plan_exchange(
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    group: dist.ProcessGroup,
+    offers: Sequence[str | None],
+    number: int,
+    *,
+    backward: bool = False,
+) -> _ExchangePlan | None:
+    """Return how a call runs between the ranks, None for the portable path."""
+    if any(offer is not None for offer in offers):
+        return None
+    from comet_compile.kernels.links import link_of
+    from comet_compile.kernels.workspace import raise_if_lost
+
+    link = link_of(group, routed.x.device)
+    if link.board is None:
+        return None
+    raise_if_lost(group)
+    tokens = link.board.exchange(routed.x.shape[0], AGREEMENTS.seconds(group))
+    key = (number, backward, group.size(), *tokens)
+    known = _exchange_plans.get(key)
+    if known is None:
+        known = _new_exchange_plan(routed, params, math, group, tokens, backward)
+        remember(_exchange_plans, key, known)
+    return known
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExchangePlan:
+    """How one call between ranks runs; all but `keeps` is the same on all of them."""
+
+    plan: Any
+    num_rounds: int
+    num_bytes: int  # of the workspace
+    keeps: bool
+    """Whether a forward that is asked to save has this rank's rows kept: where both directions
+    take one round, and they surely fit into memory sized by this rank's own tokens."""
+
+
+def _workspace(call: _ExchangePlan, group: dist.ProcessGroup, device: torch.device) -> Any:
+    from comet_compile.kernels.workspace import workspace_for
+
+    return workspace_for(call.num_bytes, group, device)
+
+
+def _new_exchange_plan(
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    group: dist.ProcessGroup,
+    tokens: Sequence[int],
+    backward: bool,
+) -> _ExchangePlan:
+    from comet_compile.kernels import exchange_plan
+    from comet_compile.kernels.workspace import Layout
+
+    x, num_ranks = routed.x, group.size()
+    capacity, top_k = exchange_plan.capacity_for(tokens), routed.ids.shape[1]
+
+    def rounds_of(backward: bool) -> int:
+        needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
+        return max(1, -(-needed // (_MAX_BACKWARD_ROW_BYTES if backward else _MAX_ROW_BYTES)))
+
+    in_one_round = rounds_of(backward=False) == rounds_of(backward=True) == 1
+    keeps = in_one_round and sum(tokens) <= num_ranks * x.shape[0]
+    num_rounds = rounds_of(backward)
+    if num_rounds > 1:
+        capacity = exchange_plan.capacity_for([-(-max(tokens) // num_rounds)])
+        num_rounds = -(-max(tokens) // capacity)
+    index = x.device.index or 0
+    plan = exchange_plan.plan_exchange(params, math, top_k, capacity, num_ranks, index)
+    layout = Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size(), backward=backward)
+    return _ExchangePlan(plan, num_rounds, layout.num_bytes, keeps)

@@ -1,0 +1,96 @@
+"""What the paths of a layer share: replaying, devices, decisions kept, gradients added to others.
+
+The modules that load Triton are imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comet_compile.kernels.experts import ExpertParams, Matrices
+from comet_compile.kernels.portable import Routed
+
+_MAX_KNOWN = 4096
+
+
+def remember(kept: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Keep a decision by all that it depends on, and return it.
+
+    Taking one again would cost more than a small GEMM.
+    """
+    if len(kept) >= _MAX_KNOWN:
+        kept.clear()
+    kept[key] = value
+    return value
+
+
+def tensors_of(record: Routed | ExpertParams) -> tuple[Tensor | None, ...]:
+    """Return the tensors of a record, in order."""
+    return tuple(record.__dict__.values())
+
+
+def replay(*args: Any) -> Any:
+    """`recording.replay`."""
+    from comet_compile.kernels import recording
+
+    return recording.replay(*args)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on such devices."""
+    return device.type == "cuda"
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make `device` the current one: Triton launches there, wherever the tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def fused_backward() -> ModuleType:
+    """The module of that name."""
+    from comet_compile.kernels import fused_backward as module
+
+    return module
+
+
+def fused_exchange() -> ModuleType:
+    """The module of that name."""
+    from comet_compile.kernels import fused_exchange as module
+
+    return module
+
+
+def fused() -> ModuleType:
+    """The module of that name."""
+    from comet_compile.kernels import fused as module
+
+    return module
+
+
+def matrices_of(into: Matrices | None) -> tuple[Tensor | None, ...]:
+    """Return (w_in, w_up, w_out) of `into`."""
+    return (None, None, None) if into is None else (into.w_in, into.w_up, into.w_out)
+
+
+def with_matrices(
+    grads: tuple[Tensor | None, ...], matrices: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return a backward's gradients with these for those of (w_in, w_up, w_out)."""
+    return (*grads[:2], *matrices, *grads[5:])
+
+
+def add_up(grads: tuple[Tensor | None, ...], into: Matrices | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients, those of matrices added to `into` if given."""
+    if into is None:
+        return grads
+    for total, grad in zip(matrices_of(into), grads[2:5], strict=True):
+        if total is not None and grad is not None:
+            total.add_(grad)
+    return with_matrices(grads, matrices_of(into))
