@@ -110,6 +110,8 @@ def test_separate_up(up_before: bool) -> None:
         # a rank without tokens, and more turns than two
         ((9, 0, 16), (0.6, 0.0)),
         ((9, 0, 16), (0.0, 0.6)),
+        pytest.param((9, 0, 16), (0.0, 0.0), marks=pytest.mark.slow),
+        pytest.param((9, 0, 16), (1.0, 1.0), marks=pytest.mark.slow),
     ],
     ids=str,
 )
