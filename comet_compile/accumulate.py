@@ -26,6 +26,9 @@ def accumulate_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> Iter
     of comet's takes it (eager layers, shards of FSDP, parameters with hooks, replays of a CUDA
     graph), it is added to as always when the block ends.
 
+    For `backward()` alone: `torch.autograd.grad` inside would return sums, and a function of the
+    model's own that scales a matrix's gradient on its way would scale what was there as well.
+
     `parameters`: a module, or parameters, whose backward passes run inside the block.
     """
     found = parameters.parameters() if isinstance(parameters, nn.Module) else parameters

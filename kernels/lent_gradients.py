@@ -1,10 +1,10 @@
 """Gradients that parameters have already, lent to the backward of their layer, which adds to them.
 
 Autograd adds a parameter's new gradient to its old one, which reads and writes the whole matrix
-again: for experts that takes as long as a good part of the backward. A lent gradient is taken off
-its parameter; the backward finds it by where the parameter lies in memory, adds to it while it
-stores its sums, and returns it as its own. Autograd, finding the parameter without a gradient, puts
-it back. What no backward took is added to or put back at the end.
+again, three times its bytes. A lent gradient is taken off its parameter; the backward finds it by
+where the parameter lies in memory, adds to it while it stores its sums, and returns it as its own.
+Autograd, finding the parameter without a gradient, puts it back. What no backward took is added to
+or put back at the end.
 
     loans = LOANS.lend(parameters)      p.grad = None
     ...  LOANS.take([w_in, w_out])      in `comet::moe_layer_backward`
@@ -25,15 +25,11 @@ Place = tuple[torch.device, int]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loan:
-    """A parameter's gradient of before."""
+    """A parameter's gradient of before, and where the parameter lay when it was lent."""
 
     parameter: nn.Parameter
     gradient: Tensor
-
-    @property
-    def place(self) -> Place:
-        """Where the parameter lies."""
-        return self.parameter.device, self.parameter.data_ptr()
+    place: Place
 
     def view_like(self, weight: Tensor) -> Tensor | None:
         """Return the gradient in the strides of `weight`, None if that is a part or a copy."""
@@ -75,7 +71,7 @@ class Loans:
                 gradient = parameter.grad
                 if gradient is None or not _is_lendable(parameter, gradient):
                     continue
-                loan = Loan(parameter, gradient)
+                loan = Loan(parameter, gradient, (parameter.device, parameter.data_ptr()))
                 if loan.place in self._by_place:
                     continue
                 self._by_place[loan.place] = loan

@@ -157,8 +157,8 @@ def _grad_hidden(
 ) -> GemmTiles:
     """Wide and flat, if it may be and wastes few columns; else at most `width` columns.
 
-    Of its time more than half is the epilogue's, which moves nearly as many bytes as a GEMM of so
-    few columns does; `flat` has the next tile's rows come meanwhile.
+    Its epilogue moves more bytes than its products do; `flat` has the next tile's rows come
+    meanwhile.
     """
     narrow = dataclasses.replace(layer1, block_n=max(64, min(width, layer1.block_n)), flat=False)
     if layer1.block_m < 128:

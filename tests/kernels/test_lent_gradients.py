@@ -86,6 +86,15 @@ def test_it_ends_after_an_error_too() -> None:
     assert (weight.grad == 1).all()
 
 
+def test_a_parameter_that_moves_leaves_nothing_lent() -> None:
+    weight = parameter(value=2.0)
+    with comet_compile.accumulate_gradients([weight]):
+        weight.data = weight.data.clone()
+    assert LOANS.are_none
+    assert weight.grad is not None
+    assert (weight.grad == 2).all()
+
+
 def run_twice(accumulates: bool, permuted: bool, separate_up: bool) -> dict[str, Tensor | None]:
     """The gradients after two passes over two layers that share their matrices."""
     case = make_case(permuted=permuted, separate_up=separate_up, dtype=torch.float64)
