@@ -58,8 +58,7 @@ def forward(
     """
     saved = routed.x.new_empty(0)
     if save:
-        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
-        saved = routed.x.new_empty(group.size() * routed.ids.numel(), columns)
+        saved = routed.x.new_empty(group.size() * routed.ids.numel(), params.in_columns)
     call = _plan_exchange(routed, params, math, group, offers, number)
     if save and (call is None or not call.keeps):
         saved.fill_(float("nan"))

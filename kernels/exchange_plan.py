@@ -99,6 +99,5 @@ def row_bytes(
     hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
     columns = hidden + inter
     if backward:
-        wide = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
-        columns += inter + 2 * wide + hidden
+        columns += inter + 2 * params.in_columns + hidden
     return slots * columns * params.w_in.element_size()

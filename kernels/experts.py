@@ -32,6 +32,11 @@ class ExpertParams:
         """L, the number of experts held here."""
         return self.w_in.shape[0]
 
+    @property
+    def in_columns(self) -> int:
+        """Columns of a row in front of the activation, gate and up together."""
+        return self.w_in.shape[2] + (0 if self.w_up is None else self.w_up.shape[2])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrices:

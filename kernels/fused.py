@@ -85,8 +85,7 @@ def local_forward(
     num_tokens, top_k = routed.ids.shape
     saved = x_TH.new_empty(0)
     if save:
-        columns = params.w_in.shape[2] + (0 if params.w_up is None else params.w_up.shape[2])
-        saved = x_TH.new_empty(num_tokens * top_k, columns)
+        saved = x_TH.new_empty(num_tokens * top_k, params.in_columns)
 
     num_tiles = max_tiles(routed.ids.numel(), params.num_experts, plan.block_m)
     num_arrivals = plan.layer0.num_arrivals(num_tiles, params.w_out.shape[1])

@@ -130,9 +130,7 @@ class Call:
 
         Where they fit, they lie in the memory of the gradient of w_in.
         """
-        w_in, w_up = self.params.w_in, self.params.w_up
-        columns = w_in.shape[2] + (0 if w_up is None else w_up.shape[2])
-        shape = (self.routing.row_S.shape[0], columns)
+        shape = (self.routing.row_S.shape[0], self.params.in_columns)
         rows_SN = _borrow(matrices, shape)
         return self.x_TH.new_empty(shape) if rows_SN is None else rows_SN
 
