@@ -27,12 +27,14 @@ from comet_compile.kernels.experts import (
 from comet_compile.kernels.path_calls import (
     add_up,
     fused_exchange,
+    links,
     matrices_of,
     on_device,
     remember,
     replay,
     tensors_of,
     with_matrices,
+    workspaces,
 )
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.validate import describe
@@ -196,13 +198,10 @@ def _plan_exchange(
     """Return how a call runs between the ranks, None for the portable path."""
     if any(offer is not None for offer in offers):
         return None
-    from comet_compile.kernels.links import link_of
-    from comet_compile.kernels.workspace import raise_if_lost
-
-    link = link_of(group, routed.x.device)
+    link = links().link_of(group, routed.x.device)
     if link.board is None:
         return None
-    raise_if_lost(group)
+    workspaces().raise_if_lost(group)
     tokens = link.board.exchange(routed.x.shape[0], AGREEMENTS.seconds(group))
     key = (number, backward, group.size(), *tokens)
     known = _exchange_plans.get(key)
@@ -225,9 +224,7 @@ class _ExchangePlan:
 
 
 def _workspace(call: _ExchangePlan, group: dist.ProcessGroup, device: torch.device) -> Any:
-    from comet_compile.kernels.workspace import workspace_for
-
-    return workspace_for(call.num_bytes, group, device)
+    return workspaces().workspace_for(call.num_bytes, group, device)
 
 
 def _new_exchange_plan(
@@ -239,7 +236,6 @@ def _new_exchange_plan(
     backward: bool,
 ) -> _ExchangePlan:
     from comet_compile.kernels import exchange_plan
-    from comet_compile.kernels.workspace import Layout
 
     x, num_ranks = routed.x, group.size()
     capacity, top_k = exchange_plan.capacity_for(tokens), routed.ids.shape[1]
@@ -256,5 +252,7 @@ def _new_exchange_plan(
         num_rounds = -(-max(tokens) // capacity)
     index = x.device.index or 0
     plan = exchange_plan.plan_exchange(params, math, top_k, capacity, num_ranks, index)
-    layout = Layout.of(capacity, top_k, x.shape[1], num_ranks, x.element_size(), backward=backward)
+    layout = workspaces().Layout.of(
+        capacity, top_k, x.shape[1], num_ranks, x.element_size(), backward=backward
+    )
     return _ExchangePlan(plan, num_rounds, layout.num_bytes, keeps)

@@ -46,6 +46,7 @@ def grad_weight(
     # the wide side of a tile is the contiguous one
     box = (tiles.block_m, tiles.block_n)
     block_q, block_h = box if h_contiguous else box[::-1]
+    part = min(64, tiles.block_n) if add else tiles.block_n
     launch(
         grad_weight_kernel,
         full_grid(tiles.num_programs),
@@ -53,7 +54,7 @@ def grad_weight(
         if gathered
         else tokens,
         descriptor(rows_RQ, rows_RQ.shape, rows_RQ.stride(), (block_k, block_q)),
-        descriptor(memory, memory.shape, memory.stride(), (1, *box)),
+        descriptor(memory, memory.shape, memory.stride(), (1, box[0], part)),
         routing.slot_R,
         routing.end_tile_L,
         tokens.stride(0),
@@ -67,7 +68,9 @@ def grad_weight(
         BK=block_k,
         GATHERED=gathered,
         H_CONTIGUOUS=h_contiguous,
+        PART=part,
         ADD=add,
+        EXPERTS=power_of_2(num_experts),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -129,45 +132,84 @@ def grad_weight_kernel(
     BK: tl.constexpr,
     GATHERED: tl.constexpr,
     H_CONTIGUOUS: tl.constexpr,
+    PART: tl.constexpr,
     ADD: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of 2, as many or more
 ):
     """Grid: as many programs as fit, each taking every num_programs-th tile of all experts.
 
     Order: expert by expert, H fastest, so that the programs beside each other share an expert's
-    rows in L2. BK rows at a time; BK divides BM, so no step crosses into the next expert.
+    rows in L2. BK rows at a time; BK divides BM, so no step crosses into the next expert. The steps
+    of all tiles are one loop, in which those of the next tile are fetched while one is stored:
+    where experts have few rows, storing takes as long as multiplying.
     """
     num_h: tl.constexpr = (H + BH - 1) // BH
     num_q: tl.constexpr = (Q + BQ - 1) // BQ
-    for tile in tl.range(tl.program_id(0), num_experts * num_h * num_q, tl.num_programs(0)):
-        expert = tile // (num_h * num_q)
-        inside = tile % (num_h * num_q)
-        start_h = (inside % num_h) * BH
-        start_q = (inside // num_h) * BQ
-        begin, end = _rows_of(expert, end_tile_L_ptr, BM)
-        offs_h = start_h + tl.arange(0, BH)
-        if not ADD:
-            acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
-        elif H_CONTIGUOUS:
-            acc = out_desc.load([expert, start_q, start_h]).reshape(BQ, BH).to(tl.float32)
+    each: tl.constexpr = num_h * num_q
+    steps = _count_steps(end_tile_L_ptr, num_experts, each, BM, BK, EXPERTS)
+    tile = tl.program_id(0) - tl.num_programs(0)
+    expert, start_h, start_q, row, end, left = tile, 0, 0, 0, 0, 0
+    acc = tl.zeros((BQ, BH) if H_CONTIGUOUS else (BH, BQ), tl.float32)
+    for _ in tl.range(steps):
+        # all that the next rows lie by is set in these branches: so they can be fetched steps ahead
+        if left == 0:
+            tile += tl.num_programs(0)
+            expert = tile // each
+            start_h = (tile % each % num_h) * BH
+            start_q = (tile % each // num_h) * BQ
+            row, end = _rows_of(expert, end_tile_L_ptr, BM)
+            left = tl.maximum((end - row) // BK, 1) - 1
         else:
-            acc = out_desc.load([expert, start_h, start_q]).reshape(BH, BQ).to(tl.float32)
-        for row in tl.range(begin, end, BK):
-            if GATHERED:
-                tokens = tokens_ptr.load([row, start_h])
+            row += BK
+            left -= 1
+        if GATHERED:
+            tokens = tokens_ptr.load([row, start_h])
+        else:
+            offs_h = start_h + tl.arange(0, BH)
+            offs_r = row + tl.arange(0, BK)
+            slot = tl.load(slot_R_ptr + offs_r, mask=offs_r < end, other=-1)
+            token = tl.maximum(slot, 0) // TOP_K
+            ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + offs_h[None, :]
+            mask = (slot >= 0)[:, None]
+            if H % BH != 0:
+                mask = mask & (offs_h < H)[None, :]
+            tokens = tl.load(ptrs, mask=mask, other=0.0)
+        rows = rows_desc.load([row, start_q])
+        acc = tl.dot(rows.T, tokens, acc) if H_CONTIGUOUS else tl.dot(tokens.T, rows, acc)
+        if left == 0:
+            if row == end:  # the step was one of another expert's rows
+                acc = tl.zeros_like(acc)
+            if H_CONTIGUOUS:
+                _store_sums(acc, out_desc, expert, start_q, start_h, BQ, BH, PART, ADD)
             else:
-                slot = tl.load(slot_R_ptr + row + tl.arange(0, BK))
-                token = tl.maximum(slot, 0) // TOP_K
-                ptrs = tokens_ptr + token[:, None].to(tl.int64) * stride_tokens + offs_h[None, :]
-                mask = (slot >= 0)[:, None]
-                if H % BH != 0:
-                    mask = mask & (offs_h < H)[None, :]
-                tokens = tl.load(ptrs, mask=mask, other=0.0)
-            rows = rows_desc.load([row, start_q])
-            acc = tl.dot(rows.T, tokens, acc) if H_CONTIGUOUS else tl.dot(tokens.T, rows, acc)
-        if H_CONTIGUOUS:
-            out_desc.store([expert, start_q, start_h], acc.to(out_desc.dtype).reshape(1, BQ, BH))
-        else:
-            out_desc.store([expert, start_h, start_q], acc.to(out_desc.dtype).reshape(1, BH, BQ))
+                _store_sums(acc, out_desc, expert, start_h, start_q, BH, BQ, PART, ADD)
+            acc = tl.zeros_like(acc)
+
+
+@triton.jit
+def _store_sums(
+    acc,
+    out_desc,
+    expert,
+    first,
+    second,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PART: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Store a tile [M, N] of sums, PART columns at a time, added to what is there if ADD.
+
+    Sums and what they are added to would not fit into registers all at once.
+    """
+    if N > PART:
+        left, right = acc.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        _store_sums(left, out_desc, expert, first, second, M, N // 2, PART, ADD)
+        _store_sums(right, out_desc, expert, first, second + N // 2, M, N // 2, PART, ADD)
+    else:
+        if ADD:
+            acc += out_desc.load([expert, first, second]).reshape(M, N).to(tl.float32)
+        out_desc.store([expert, first, second], acc.to(out_desc.dtype).reshape(1, M, N))
 
 
 @triton.jit
@@ -213,3 +255,25 @@ def _rows_of(expert, end_tile_L_ptr, BM: tl.constexpr):
     """Return the first row of the expert's tiles and the row behind the last."""
     begin = tl.load(end_tile_L_ptr + tl.maximum(expert, 1) - 1) * BM
     return tl.where(expert == 0, 0, begin), tl.load(end_tile_L_ptr + expert) * BM
+
+
+@triton.jit
+def _count_steps(
+    end_tile_L_ptr,
+    num_experts,
+    EACH: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Return the steps of BK rows in all tiles of this program, EACH per expert, one at least."""
+    expert = tl.arange(0, EXPERTS)
+    known = expert < num_experts
+    end = tl.load(end_tile_L_ptr + expert, mask=known, other=0)
+    begin = tl.load(end_tile_L_ptr + tl.maximum(expert, 1) - 1, mask=known & (expert > 0), other=0)
+    steps = tl.maximum((end - begin) * (BM // BK), 1)
+    # of the tiles below t, the program has every num_programs-th from its own id on
+    num_programs, first = tl.num_programs(0), tl.program_id(0)
+    below = tl.maximum(expert * EACH - first + num_programs - 1, 0) // num_programs
+    below_next = tl.maximum((expert + 1) * EACH - first + num_programs - 1, 0) // num_programs
+    return tl.sum(tl.where(known, steps * (below_next - below), 0))

@@ -1,11 +1,13 @@
 """What the paths of a layer share: replaying, devices, decisions kept, gradients added to others.
 
-The modules that load Triton are imported when first asked for.
+The modules that load Triton are imported when first asked for; an `import` in a function would look
+them up at every call.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -36,9 +38,7 @@ def tensors_of(record: Routed | ExpertParams) -> tuple[Tensor | None, ...]:
 
 def replay(*args: Any) -> Any:
     """`recording.replay`."""
-    from comet_compile.kernels import recording
-
-    return recording.replay(*args)
+    return _recording().replay(*args)
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -53,6 +53,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device)
 
 
+@functools.cache
 def fused_backward() -> ModuleType:
     """The module of that name."""
     from comet_compile.kernels import fused_backward as module
@@ -60,6 +61,7 @@ def fused_backward() -> ModuleType:
     return module
 
 
+@functools.cache
 def fused_exchange() -> ModuleType:
     """The module of that name."""
     from comet_compile.kernels import fused_exchange as module
@@ -67,9 +69,34 @@ def fused_exchange() -> ModuleType:
     return module
 
 
+@functools.cache
 def fused() -> ModuleType:
     """The module of that name."""
     from comet_compile.kernels import fused as module
+
+    return module
+
+
+@functools.cache
+def links() -> ModuleType:
+    """The module of that name."""
+    from comet_compile.kernels import links as module
+
+    return module
+
+
+@functools.cache
+def workspaces() -> ModuleType:
+    """The module `workspace`."""
+    from comet_compile.kernels import workspace as module
+
+    return module
+
+
+@functools.cache
+def _recording() -> ModuleType:
+    """The module `recording`."""
+    from comet_compile.kernels import recording as module
 
     return module
 
