@@ -46,7 +46,7 @@ def grad_weight(
     # the wide side of a tile is the contiguous one
     box = (tiles.block_m, tiles.block_n)
     block_q, block_h = box if h_contiguous else box[::-1]
-    part = min(64, tiles.block_n) if add else tiles.block_n
+    part = min(tiles.store_n or (64 if add else tiles.block_n), tiles.block_n)
     launch(
         grad_weight_kernel,
         full_grid(tiles.num_programs),

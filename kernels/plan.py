@@ -45,6 +45,8 @@ class GemmTiles:
     paced: bool = False
     # a CTA's tiles are one loop: it fetches rows of its next tile while it stores this one
     flat: bool = False
+    # columns of a tile of grad_weight that are stored at a time, all if None
+    store_n: int | None = None
 
     def num_arrivals(self, num_row_tiles: int, columns: int) -> int:
         """Return how many counters the pacing of at most that many row tiles takes."""
@@ -184,8 +186,15 @@ def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
         num_warps=8,
         flat=False,
     )
-    stages = _stages(tiles.block_m, tiles.block_n, tiles, device)
-    return dataclasses.replace(tiles, num_stages=min(3, stages))
+    if device.capability[0] != 9:
+        stages = _stages(tiles.block_m, tiles.block_n, tiles, device)
+        return dataclasses.replace(tiles, num_stages=min(3, stages))
+    # what smaller stores leave of shared memory holds one step more of the next tile; other devices
+    # have no registers left to cut a tile in parts
+    tiles = dataclasses.replace(tiles, store_n=64)
+    return dataclasses.replace(
+        tiles, num_stages=_stages(tiles.block_m, tiles.block_n, tiles, device)
+    )
 
 
 def _tiles(
@@ -218,5 +227,5 @@ def _tiles(
 def _stages(block_m: int, columns: int, tiles: GemmTiles, device: Device) -> int:
     """Return how many steps of the K loop fit into shared memory beside the stored tile."""
     per_stage = (block_m + columns) * tiles.block_k * 2
-    left = device.shared_bytes - block_m * tiles.block_n * 2 - 2048
+    left = device.shared_bytes - block_m * (tiles.store_n or tiles.block_n) * 2 - 2048
     return max(2, min(4 if block_m >= 64 else 6, left // per_stage))
