@@ -73,7 +73,8 @@ def expert_parallel(rank: int, num_ranks: int) -> int:
         for counts in ((16, 16), (9, 40), (33, 5)):
             x = ep.tokens(counts[rank], seed=10 * rank + counts[rank]).cuda()
             got = compiled(x)
-            assert_matches_ref(got, wide(x.float()).double(), oracle(x), what=f"{counts}")
+            eager = oracle(x).to(x.dtype)  # of sums in the dtype of the scores, float32
+            assert_matches_ref(got, wide(x.float()).double(), eager, what=f"{counts}")
         assert counters["comet"]["regions_rejected"] == 0
         assert counters["comet"]["regions_fused"] > 0
     torch.cuda.synchronize()
@@ -82,14 +83,12 @@ def expert_parallel(rank: int, num_ranks: int) -> int:
 
 
 def start_expert_parallel(rank: int, num_ranks: int) -> int:
-    import os
-
-    if torch.cuda.device_count() <= rank:
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.cuda.set_device(rank)
     return expert_parallel(rank, num_ranks)
 
 
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_expert_parallel_inference_runs_fused() -> None:
     # over gloo, whose exchange of CUDA tensors nothing here may need any more
     for calls in run_ranks(start_expert_parallel, 2, timeout=200):
