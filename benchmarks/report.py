@@ -142,7 +142,7 @@ def judge(target: dict[str, Any], results: Results) -> tuple[float | None, str]:
 
 def render_page(results: Results, targets: list[dict[str, Any]]) -> str:
     """Return the page as Markdown."""
-    parts = [INTRODUCTION, _targets_section(results, targets)]
+    parts = [INTRODUCTION, _targets_section(results, targets), _why_short_section()]
     for suite, title in SUITES.items():
         if keys := results.keys(suite):
             parts.append(_suite_section(suite, title, keys, results))
@@ -174,6 +174,12 @@ def _targets_section(results: Results, targets: list[dict[str, Any]]) -> str:
     head = ("case", "mode", "unit", "inductor then", "inductor", "comet")
     head += ("inductor, graph", "comet, graph", "must", "aim", "")
     return "## Against the targets\n\n" + _table(head, lines)
+
+
+def _why_short_section() -> str:
+    why = json.loads((HERE / "targets.json").read_text())["why_short"]
+    lines = [f"- {line}" for line in why]
+    return "\n".join(("What the profiles say of the rows that are short:", "", *lines, ""))
 
 
 def _in_metric(results: Results, key: Key, baseline: str, metric: str) -> float | None:

@@ -174,8 +174,8 @@ def _grad_hidden(
 def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
     """The same whatever the rows' tiles are; `block_n` is along the contiguous dim of the result.
 
-    From gathered tokens the copy engine feeds 128 x 256 at 600 TF for Qwen3-30B and 730 for
-    Mixtral; DeepSeek-V3's experts have so few rows that storing the tiles leaves 480 (H100, 8192
+    From gathered tokens the copy engine feeds 128 x 256 at 650 TF for Qwen3-30B and 710 for
+    Mixtral; DeepSeek-V3's experts have so few rows that storing the tiles leaves 510 (H100, 8192
     tokens, half the experts, benchmarks/results/kernels_backward_h100.json).
     """
     tiles = dataclasses.replace(
