@@ -206,7 +206,9 @@ def _plan_exchange(
     key = (number, backward, group.size(), *tokens)
     known = _exchange_plans.get(key)
     if known is None:
-        known = _new_exchange_plan(routed, params, math, group, tokens, backward)
+        known = _new_exchange_plan(
+            routed, params, math, group, tokens, backward, use_tables=link.same_tables
+        )
         remember(_exchange_plans, key, known)
     return known
 
@@ -234,6 +236,8 @@ def _new_exchange_plan(
     group: dist.ProcessGroup,
     tokens: Sequence[int],
     backward: bool,
+    *,
+    use_tables: bool,
 ) -> _ExchangePlan:
     from comet_compile.kernels import exchange_plan
 
@@ -251,7 +255,9 @@ def _new_exchange_plan(
         capacity = exchange_plan.capacity_for([-(-max(tokens) // num_rounds)])
         num_rounds = -(-max(tokens) // capacity)
     index = x.device.index or 0
-    plan = exchange_plan.plan_exchange(params, math, top_k, capacity, num_ranks, index)
+    plan = exchange_plan.plan_exchange(
+        params, math, top_k, capacity, num_ranks, index, use_tables=use_tables
+    )
     layout = workspaces().Layout.of(
         capacity, top_k, x.shape[1], num_ranks, x.element_size(), backward=backward
     )

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from comet_compile.kernels import layer0
+from comet_compile.kernels import layer0, tuned
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.launch import div_up, power_of_2
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
@@ -44,30 +44,48 @@ class ExchangePlan:
 
 
 def plan_exchange(
-    params: ExpertParams, math: LayerMath, top_k: int, capacity: int, num_ranks: int, index: int
+    params: ExpertParams,
+    math: LayerMath,
+    top_k: int,
+    capacity: int,
+    num_ranks: int,
+    index: int,
+    *,
+    use_tables: bool = True,
 ) -> ExchangePlan:
-    """Return the plan for calls of at most `capacity` tokens per rank, the same on all ranks."""
+    """Return the plan for calls of at most `capacity` tokens per rank, the same on all ranks.
+
+    `use_tables` says that all ranks have the same tuned plans.
+    """
     projection = layer0.view_in_projection(params, math.activation)
     assert projection is not None, "checked by fused.why_not"
     device = read_device(index)
+    hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
+    gated, interleaved = math.activation.gated, projection.mode == "interleaved"
     gemms = choose_plan(
         capacity * top_k,
         params.num_experts,
-        params.w_in.shape[1],
-        params.w_out.shape[1],
-        gated=math.activation.gated,
-        interleaved=projection.mode == "interleaved",
+        hidden,
+        inter,
+        gated=gated,
+        interleaved=interleaved,
         device=device,
     )
-    hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
     peers_bytes = (num_ranks - 1) * capacity * hidden * params.w_in.element_size()
-    flops = (4 if math.activation.gated else 2) * capacity * top_k * hidden * inter
+    flops = (4 if gated else 2) * capacity * top_k * hidden * inter
     num_fetchers = max(1, min(_NUM_FETCHERS, device.num_sms // 4))
     lead0 = _part(peers_bytes / num_fetchers, flops / device.num_sms)
     # own tiles for about two rounds: nobody then waits for the last of the others
     num_jobs = capacity * top_k // gemms.block_m * div_up(hidden, gemms.layer1.block_n)
     lead1 = min(0.25, 2 * device.num_sms / max(1, num_jobs))
-    return ExchangePlan(gemms, capacity, num_fetchers, _NUM_SENDERS, (lead0, lead1))
+    plan = ExchangePlan(gemms, capacity, num_fetchers, _NUM_SENDERS, (lead0, lead1))
+    if not use_tables:
+        return plan
+    shape = tuned.Shape(
+        num_ranks, tuned.bucket(capacity), top_k, params.num_experts, hidden, inter, gated,
+        interleaved, params.w_in.element_size(),
+    )  # fmt: skip
+    return tuned.apply(plan, shape, device)
 
 
 def _part(bytes_of_a_cta: float, flops_of_a_cta: float) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from comet_compile.kernels import expert_weights, layer0, layer1
+from comet_compile.kernels import expert_weights, layer0, layer1, tuned
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
 from comet_compile.kernels.portable import Routed
@@ -49,20 +49,38 @@ def why_not(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None
 
 
 def plan_layer(
-    routed: Routed, params: ExpertParams, math: LayerMath, num_slots: int | None = None
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    num_slots: int | None = None,
+    *,
+    use_tables: bool = True,
 ) -> Plan:
     """Return the plan for this call, `num_slots` in place of a size that is a symbol."""
     projection = layer0.view_in_projection(params, math.activation)
     assert projection is not None, "checked by why_not"
-    return choose_plan(
-        routed.ids.numel() if num_slots is None else num_slots,
+    top_k = routed.ids.shape[1]
+    num_slots = routed.ids.numel() if num_slots is None else num_slots
+    hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
+    gated, interleaved = math.activation.gated, projection.mode == "interleaved"
+    device = read_device(routed.x.device.index or 0)
+    plan = choose_plan(
+        num_slots,
         params.num_experts,
-        params.w_in.shape[1],
-        params.w_out.shape[1],
-        gated=math.activation.gated,
-        interleaved=projection.mode == "interleaved",
-        device=read_device(routed.x.device.index or 0),
+        hidden,
+        inter,
+        gated=gated,
+        interleaved=interleaved,
+        device=device,
     )
+    if not use_tables:
+        return plan
+    tokens = tuned.bucket(num_slots // top_k)
+    shape = tuned.Shape(
+        1, tokens, top_k, params.num_experts, hidden, inter, gated, interleaved,
+        params.w_in.element_size(),
+    )  # fmt: skip
+    return tuned.apply(plan, shape, device)
 
 
 def local_forward(

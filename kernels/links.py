@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from comet_compile.errors import CometWarning
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.board import Board
 
@@ -32,6 +34,8 @@ class Link:
 
     board: Board | None
     why_not: str | None
+    same_tables: bool = True
+    """Whether all ranks have the same tuned plans; if not, none of them uses any."""
 
 
 # What is found out belongs to the process groups, which are process-wide themselves.
@@ -74,7 +78,18 @@ def _connect(group: dist.ProcessGroup, device: torch.device) -> Link:
     # Whether the GPUs can map each other's memory, only trying tells.
     errors = AGREEMENTS.gather({"link": "mapped?"}, _try_symmetric_memory(group, device), group)
     failed = [text for text in errors if text]
-    return Link(None, failed[0]) if failed else Link(board, None)
+    if failed:
+        return Link(None, failed[0])
+    digests = AGREEMENTS.gather({"link": "which tuned plans?"}, _tables(device), group)
+    differing = [rank for rank, one in enumerate(digests) if one != digests[0]]
+    if differing and group.rank() == 0:
+        warnings.warn(
+            f"comet: group ranks {differing} have other tuned plans than group rank 0, so this "
+            "group uses none; give all ranks the same file by COMET_TUNED",
+            CometWarning,
+            stacklevel=2,
+        )
+    return Link(board, None, same_tables=not differing)
 
 
 def _try_symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -97,6 +112,12 @@ def _offer(device: torch.device) -> dict[str, Any]:
         "capability": [properties.major, properties.minor],
         "sms": properties.multi_processor_count,
     }
+
+
+def _tables(device: torch.device) -> str:
+    from comet_compile.kernels import exchange_plan, tuned
+
+    return tuned.digest(exchange_plan.read_device(device.index or 0))
 
 
 def _why_not(offers: list[Any]) -> str | None:

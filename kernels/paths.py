@@ -70,10 +70,14 @@ def choose_path(
     if reason is not None:
         may_keep = form != "all_to_all"  # whose portable path computes its rows again
         return Choice(False, loops, may_keep, {**plan, "why_portable": reason})
-    gemms = fused().plan_layer(routed, params, math, num_slots=rows)
+    gemms = fused().plan_layer(
+        routed, params, math, num_slots=rows, use_tables=form != "all_to_all"
+    )
     # Ranks on several machines, which only the first run can tell, take the portable path.
     on_one_machine = _on_one_machine() if form == "all_to_all" else True
     plan = {**gemms.as_dict(), "form": form}
+    if form == "all_to_all":
+        plan["source"] = "rule, or a table that all ranks have"
     return Choice(True, on_one_machine is not True, on_one_machine is not False, plan)
 
 

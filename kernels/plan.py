@@ -70,6 +70,8 @@ class Plan:
     grad_weight: GemmTiles
     # the backward brings tokens and gradients into the experts' order once, in front of its GEMMs
     gathers: bool
+    # what chose it: the rules below, or a table that was measured (`tuned`)
+    source: str = "rule"
 
     @property
     def block_m(self) -> int:
@@ -83,7 +85,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for reports."""
-        return {"path": "fused", **dataclasses.asdict(self)}
+        return {"path": "fused", "source": self.source, **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Device:
     num_sms: int
     shared_bytes: int
     capability: tuple[int, int]
+    name: str = ""
 
 
 @functools.cache
@@ -103,6 +106,7 @@ def read_device(index: int) -> Device:
         num_sms=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,
         capability=(properties.major, properties.minor),
+        name=properties.name,
     )
 
 
@@ -138,7 +142,7 @@ def choose_plan(
     layer1 = dataclasses.replace(layer1, flat=block_m >= 64)
     if gated:
         layer0 = dataclasses.replace(
-            layer0, num_stages=_stages(block_m, 2 * layer0.block_n, layer0, device)
+            layer0, num_stages=_stages(layer0, columns_of("layer0", layer0, gated), device)
         )
     # wider, two columns of each would not fit into registers; other devices were not measured
     may_widen = hidden <= _DRIFTING_K and not interleaved and device.capability[0] == 9
@@ -187,14 +191,12 @@ def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
         flat=False,
     )
     if device.capability[0] != 9:
-        stages = _stages(tiles.block_m, tiles.block_n, tiles, device)
+        stages = _stages(tiles, tiles.block_n, device)
         return dataclasses.replace(tiles, num_stages=min(3, stages))
     # what smaller stores leave of shared memory holds one step more of the next tile; other devices
     # have no registers left to cut a tile in parts
     tiles = dataclasses.replace(tiles, store_n=64)
-    return dataclasses.replace(
-        tiles, num_stages=_stages(tiles.block_m, tiles.block_n, tiles, device)
-    )
+    return dataclasses.replace(tiles, num_stages=_stages(tiles, tiles.block_n, device))
 
 
 def _tiles(
@@ -221,11 +223,25 @@ def _tiles(
         group_m=8,
         num_programs=device.num_sms,
     )
-    return dataclasses.replace(tiles, num_stages=_stages(block_m, block_n, tiles, device))
+    return dataclasses.replace(tiles, num_stages=_stages(tiles, block_n, device))
 
 
-def _stages(block_m: int, columns: int, tiles: GemmTiles, device: Device) -> int:
-    """Return how many steps of the K loop fit into shared memory beside the stored tile."""
-    per_stage = (block_m + columns) * tiles.block_k * 2
-    left = device.shared_bytes - block_m * (tiles.store_n or tiles.block_n) * 2 - 2048
-    return max(2, min(4 if block_m >= 64 else 6, left // per_stage))
+def _stages(tiles: GemmTiles, columns: int, device: Device) -> int:
+    """Return how many steps of the K loop to have in flight: more than these gain nothing."""
+    most = 4 if tiles.block_m >= 64 else 6
+    return max(2, min(most, stages_that_fit(tiles, columns, device)))
+
+
+def stages_that_fit(tiles: GemmTiles, columns: int, device: Device) -> int:
+    """Return how many steps of the K loop fit into shared memory beside the stored tile.
+
+    `columns` are those that are multiplied (`columns_of`).
+    """
+    per_stage = (tiles.block_m + columns) * tiles.block_k * 2
+    stored = tiles.block_m * (tiles.store_n or tiles.block_n) * 2
+    return (device.shared_bytes - stored - 2048) // per_stage
+
+
+def columns_of(gemm: str, tiles: GemmTiles, gated: bool) -> int:
+    """Return how many columns a step of a GEMM of the plan multiplies."""
+    return tiles.block_n * (2 if gemm == "layer0" and gated else 1)

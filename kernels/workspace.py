@@ -11,8 +11,10 @@ Legend: C capacity in tokens, A experts per token, P ranks, H model dim.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +91,6 @@ class Workspace:
         self._index, self._stream = self.buffer.device.index, torch.cuda.current_stream(device)
         # The kernels write it, the host reads it without asking the device.
         self.message = torch.zeros(MESSAGE_FIELDS, dtype=torch.int32, pin_memory=True)
-        self._message = self.message.numpy()  # made anew it takes longer than a small kernel
 
     def make_counters(self, device: torch.device | str) -> None:
         """Make what this rank alone counts with, all zero.
@@ -129,9 +130,14 @@ class Workspace:
             stream.wait_stream(self._stream)
             self._stream = stream
 
+    @functools.cached_property
+    def _words(self) -> Any:
+        """The message as an array: to make one at every call takes longer than a small kernel."""
+        return self.message.numpy()
+
     def check(self) -> None:
         """Raise if a kernel of an earlier call has given up waiting."""
-        phase = int(self._message[0])
+        phase = int(self._words[0])
         if phase == 0:
             return
         _, peer, epoch, seen = self.message.tolist()

@@ -7,7 +7,9 @@ memory, so flags, epochs, the board, the agreement and the workspace's growth ar
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,9 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
     device = plan.Device(num_sms=2, shared_bytes=2**18, capability=(9, 0))
     make_plan, make_call = exchange_plan.plan_exchange, exchange_call.ExchangeCall.__init__
 
-    def one_fetcher(*args: Any) -> Any:
+    def one_fetcher(*args: Any, **facts: Any) -> Any:
         # programs run one after another: the second would wait for tokens that the third fetches
-        return dataclasses.replace(make_plan(*args), num_fetchers=1)
+        return dataclasses.replace(make_plan(*args, **facts), num_fetchers=1)
 
     def without_clock(self: Any, *args: Any, **kwargs: Any) -> None:
         make_call(self, *args, **{**kwargs, "clock": False})
@@ -196,6 +198,39 @@ def rank_main(
     return errors, [int(ws.epoch) for ws in kept]
 
 
+def tuned_main(
+    rank: int, num_ranks: int, folder: str, all_have_it: bool
+) -> tuple[list[float], set[str], set[int], list[str]]:
+    """Return errors, the source and fetchers of each plan, and what was warned of."""
+    import triton
+
+    shape = {
+        "ranks": num_ranks, "top_k": TOP_K, "experts": LOCAL, "hidden": HIDDEN, "inter": INTER,
+        "gated": True, "interleaved": False, "itemsize": 2,
+    }  # fmt: skip
+    document = {
+        "format": 1,
+        "device": {"name": "", "num_sms": 2, "capability": [9, 0]},
+        "versions": {"triton": triton.__version__},
+        "entries": [
+            {"shape": {**shape, "tokens": tokens}, "changes": {"layer1.group_m": 1}}
+            for tokens in (64, 128)
+        ],
+    }
+    path = Path(folder) / f"table-{rank}.json"
+    path.write_text(json.dumps(document))
+    os.environ["COMET_TUNED"] = str(path) if all_have_it or rank == 0 else "0"
+    globals()["CALLS"] = CALLS[:2]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        errors, _ = rank_main(rank, num_ranks, folder)
+    from comet_compile.kernels import exchange_paths
+
+    plans = [known.plan.gemms for known in exchange_paths._exchange_plans.values()]
+    said = [str(one.message) for one in caught if "tuned" in str(one.message)]
+    return errors, {p.source for p in plans}, {p.layer1.group_m for p in plans}, said
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     import triton_interpreter
@@ -243,3 +278,19 @@ def test_one_rank_that_cannot_map_its_peer_makes_all_portable(folder: str) -> No
     (errors, tried), (peer_errors, nothing) = run_ranks(rank_main, 2, folder, 1, timeout=240)
     assert max(*errors, *peer_errors) < 2e-3
     assert (tried, nothing) == ([0], [])
+
+
+@pytest.mark.parametrize("all_have_it", [True, False])
+def test_ranks_use_tuned_plans_if_all_have_the_same(folder: str, all_have_it: bool) -> None:
+    for rank, (errors, sources, groups, said) in enumerate(
+        run_ranks(tuned_main, 2, folder, all_have_it, timeout=240)
+    ):
+        assert max(errors) < 2e-3
+        if all_have_it:
+            assert (sources, groups) == ({f"tuned, {folder}/table-{rank}.json"}, {1})
+            assert said == []
+        else:
+            assert (sources, groups) == ({"rule"}, {2})
+            assert [("group ranks [1] have other tuned plans" in text) for text in said] == (
+                [True] if rank == 0 else []
+            )

@@ -1,0 +1,210 @@
+"""Plans that were measured: tables of changes to what `choose_plan` and `plan_exchange` plan.
+
+A table is a JSON file that ``comet tune`` writes, for one kind of GPU and one Triton::
+
+    {"format": 1,
+     "device": {"name": "NVIDIA H100 80GB HBM3", "num_sms": 132, "capability": [9, 0]},
+     "versions": {"comet_compile": "0.1.0", "torch": "2.11.0", "triton": "3.6.0"},
+     "entries": [{"shape": {"ranks": 1, "tokens": 4096, ...}, "direction": "forward",
+                  "changes": {"layer0.group_m": 16}, "us": {"rule": 812.3, "tuned": 790.1},
+                  "complete": true, "date": "2026-11-26 18:00 UTC", "command": "comet tune ..."}]}
+
+Tables are looked up in this order: the file that COMET_TUNED names, the one in the user's cache
+directory, those shipped in the package. COMET_TUNED=0 switches all of them off. A file that cannot
+be used (broken, from another device or Triton, with changes that no kernel can run) is named in a
+warning, and the next source is asked; without any, the plan is the rule's. A process reads a file
+once. Ranks of a group use tables only if all of them have the same (`digest`, see `links`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from comet_compile.errors import CometWarning
+from comet_compile.kernels.plan import Device, Plan
+from comet_compile.kernels.plan_changes import PlanChangeError, change
+
+FORMAT = 1
+VARIABLE = "COMET_TUNED"
+OFF = ("0", "off")
+
+
+class TableError(Exception):
+    """A file is no table for this device; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a plan depends on and the host knows. `tokens` per rank are rounded (`bucket`)."""
+
+    ranks: int
+    tokens: int
+    top_k: int
+    experts: int  # of one rank
+    hidden: int
+    inter: int
+    gated: bool
+    interleaved: bool
+    itemsize: int
+
+    def __str__(self) -> str:
+        ranks = f" a rank, {self.ranks} ranks" if self.ranks > 1 else ""
+        sizes = f"{self.experts} experts of {self.hidden} x {self.inter}, top-{self.top_k}"
+        return f"{sizes}, {self.tokens} tokens{ranks}"
+
+
+def bucket(tokens: int) -> int:
+    """Return the power of 2 nearest to a number of tokens, by ratio; 1 for none.
+
+    >>> [bucket(n) for n in (0, 1, 5, 6, 4096, 5000, 6000)]
+    [1, 1, 4, 8, 4096, 4096, 8192]
+    """
+    return int(2 ** round(math.log2(max(1, tokens))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The changes of one file, by shape: those of both directions together."""
+
+    path: Path
+    changes: dict[Shape, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path, device: Device) -> Table:
+        """Read a file; raises TableError."""
+        document = load(path)
+        _check_provenance(document, device)
+        changes: dict[Shape, dict[str, Any]] = {}
+        for number, entry in enumerate(document["entries"]):
+            try:
+                shape = Shape(**entry["shape"])
+                found = {str(name): _frozen(value) for name, value in entry["changes"].items()}
+            except (AttributeError, KeyError, TypeError) as error:
+                raise TableError(f"entry {number} is not as `comet tune` writes it") from error
+            changes.setdefault(shape, {}).update(found)
+        return cls(path, changes)
+
+
+def apply(plan: Any, shape: Shape, device: Device) -> Any:
+    """Return `plan` (a `Plan` or an `ExchangePlan`) with what the tables say of this shape.
+
+    The `source` of its GEMMs then names the file.
+    """
+    for table in tables(device):
+        changes = table.changes.get(shape)
+        if changes is None:
+            continue
+        try:
+            found = change(plan, changes, gated=shape.gated, device=device)
+        except PlanChangeError as error:
+            _warn(f"{table.path}: what it says of {shape} is not used: {error}")
+            continue
+        source = f"tuned, {table.path}"
+        if isinstance(found, Plan):
+            return dataclasses.replace(found, source=source)
+        return dataclasses.replace(found, gemms=dataclasses.replace(found.gemms, source=source))
+    return plan
+
+
+def digest(device: Device) -> str:
+    """Return a short name of all that the tables say: equal where they say the same."""
+    said = [
+        [dataclasses.asdict(shape), sorted(changes.items())]
+        for table in tables(device)
+        for shape, changes in table.changes.items()
+    ]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def tables(device: Device) -> tuple[Table, ...]:
+    """Return the tables for a device, in the order in which they are asked."""
+    named = os.environ.get(VARIABLE, "").strip()
+    return () if named.lower() in OFF else _read_all(device, named)
+
+
+@functools.cache
+def _read_all(device: Device, named: str) -> tuple[Table, ...]:
+    paths = [Path(named)] if named else []
+    paths += [path for path in (cached_file(device), shipped_file(device)) if path.exists()]
+    found = []
+    for path in paths:
+        try:
+            found.append(Table.read(path, device))
+        except TableError as error:
+            _warn(f"the tuned plans in {path} are not used: {error}")
+    return tuple(found)
+
+
+def cached_file(device: Device) -> Path:
+    """Return where this user's table of a device is, or would be."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("comet_compile") / "tuned" / _file_name(device)
+
+
+def shipped_file(device: Device) -> Path:
+    """Return where the package's table of a device is, if it has one."""
+    import comet_compile
+
+    return Path(comet_compile.__file__).parent / "tuned" / _file_name(device)
+
+
+def _file_name(device: Device) -> str:
+    """``nvidia-h100-80gb-hbm3.json``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") + ".json"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a table's document; raises TableError."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise TableError(f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise TableError(f"it is not JSON ({error})") from error
+    if not isinstance(document, dict) or not isinstance(document.get("entries"), list):
+        raise TableError("it has no entries, so `comet tune` has not written it")
+    if document.get("format") != FORMAT:
+        raise TableError(f"its format is {document.get('format')!r}, this version reads {FORMAT}")
+    return document
+
+
+def _check_provenance(document: dict[str, Any], device: Device) -> None:
+    if document.get("device") != describe(device):
+        raise TableError(f"it is for {document.get('device')}, this is {describe(device)}")
+    versions = document.get("versions")
+    measured = str(versions.get("triton")) if isinstance(versions, dict) else "unknown"
+    # another Triton compiles to other registers and other schedules
+    if measured.split(".")[:2] != triton.__version__.split(".")[:2]:
+        raise TableError(
+            f"it was measured with Triton {measured}, this is {triton.__version__}; "
+            "run `comet tune` again"
+        )
+
+
+def describe(device: Device) -> dict[str, Any]:
+    """Return what a table says of its device."""
+    return {
+        "name": device.name,
+        "num_sms": device.num_sms,
+        "capability": list(device.capability),
+    }
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"comet: {message}", CometWarning, stacklevel=2)
