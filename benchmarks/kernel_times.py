@@ -22,89 +22,26 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from moe_layer import load_package
-from torch import Tensor
 
-from comet_compile.kernels import exchange_plan, fused, fused_backward, fused_exchange
-from comet_compile.kernels.activation import Activation
-from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
-from comet_compile.kernels.portable import Routed
-from comet_compile.kernels.workspace import Layout, workspace_for
+from comet_compile.tuning_layer import LayerSize, TunedLayer, make_layer
 
 load_package()
 from moe_bench.runner import git_commit, versions  # type: ignore[import-not-found]  # noqa: E402
 from moe_bench.shapes import SHAPES, Shape  # type: ignore[import-not-found]  # noqa: E402
 
-MATH = LayerMath(Activation.parse("silu_glu"), "after", torch.float32)
-DEADLINE = 20.0
 
-
-@dataclasses.dataclass
-class Layer:
-    """A rank's part of a layer, and how to run it with a plan."""
-
-    routed: Routed
-    params: ExpertParams
-    plan: Any
-    run: Callable[[Any], None]
-
-
-def make_layer(shape: Shape, tokens: int, group: Any, *, backward: bool) -> Layer:
-    """Return a layer of random weights; the rank draws its own."""
-    rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
-    num_local = shape.num_experts // max(2, num_ranks)
-    num_experts = num_local * num_ranks
-    generator = torch.Generator("cuda").manual_seed(rank)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-    w_in = normal(num_local, 2 * shape.inter, shape.hidden).mul_(shape.hidden**-0.5)
-    w_out = normal(num_local, shape.hidden, shape.inter).mul_(shape.inter**-0.5)
-    params = ExpertParams(w_in.transpose(1, 2), None, w_out.transpose(1, 2))
-    scores = torch.rand(tokens, num_experts, generator=generator, device="cuda")
-    weights, ids = scores.topk(shape.top_k, -1)
-    routed = Routed(normal(tokens, shape.hidden), ids, weights)
-    grad_y = normal(tokens, shape.hidden) if backward else None
-    if group is None:
-        plan = fused.plan_layer(routed, params, MATH)
-
-        args = routed, params, MATH, torch.bfloat16
-
-        def run_local(plan: Any) -> None:
-            fused.local_forward(*args, save=False, plan=plan)
-
-        if grad_y is None:
-            return Layer(routed, params, plan, run_local)
-        _, saved = fused.local_forward(*args, save=True, plan=plan)
-
-        def run_local_backward(plan: Any) -> None:
-            fused_backward.local_backward(grad_y, routed, saved, params, MATH, Needs(), plan)
-
-        return Layer(routed, params, plan, run_local_backward)
-    capacity = exchange_plan.capacity_for([tokens])
-    device = torch.device("cuda", torch.cuda.current_device())
-    plan = exchange_plan.plan_exchange(params, MATH, shape.top_k, capacity, num_ranks, device.index)
-    layout = Layout.of(capacity, shape.top_k, shape.hidden, num_ranks, 2, backward=backward)
-    workspace = workspace_for(layout.num_bytes, group, device)
-
-    y = torch.empty_like(routed.x)
-
-    def run_exchange(plan: Any) -> None:
-        fused_exchange.all_to_all_forward(routed, params, MATH, plan, workspace, DEADLINE, y)
-
-    def run_exchange_backward(plan: Any) -> None:
-        fused_exchange.all_to_all_backward(
-            grad_y, routed, params, MATH, Needs(), plan, workspace, DEADLINE
-        )
-
-    return Layer(routed, params, plan, run_exchange_backward if backward else run_exchange)
+def layer_of(shape: Shape, tokens: int, group: Any, *, backward: bool) -> TunedLayer:
+    """Return a rank's part of a layer; one GPU alone has half of the experts, as one of two."""
+    num_ranks = 1 if group is None else group.size()
+    experts = shape.num_experts // max(2, num_ranks)
+    size = LayerSize(shape.hidden, shape.inter, experts, shape.top_k, tokens)
+    return make_layer(size, group, backward=backward)
 
 
 def change(plan: Any, fields: list[str]) -> Any:
@@ -122,7 +59,7 @@ def _replace(plan: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(plan, **{name: value})
 
 
-def kernel_times(layer: Layer, plan: Any, repeats: int) -> dict[str, float]:
+def kernel_times(layer: TunedLayer, plan: Any, repeats: int) -> dict[str, float]:
     """Return the median microseconds of each kernel, and of a call."""
     for _ in range(3):
         layer.run(plan)
@@ -184,7 +121,7 @@ def main() -> int:
     rows = []
     for name in args.shapes:
         for tokens in args.tokens:
-            layer = make_layer(SHAPES[name], tokens, group, backward=args.backward)
+            layer = layer_of(SHAPES[name], tokens, group, backward=args.backward)
             for fields in [[], *args.vary]:
                 times = kernel_times(layer, change(layer.plan, fields), args.repeats)
                 rows.append({"shape": name, "tokens": tokens, "changed": fields, "us": times})

@@ -98,5 +98,87 @@ def explain(
         click.echo(f"wrote {html}", err=True)
 
 
+@main.command()
+@click.option(
+    "--shapes",
+    multiple=True,
+    metavar="HxIxExK",
+    help="Sizes of a layer: hidden x "
+    "intermediate x experts x top-k, such as 2048x768x128x8. May be repeated.",
+)
+@click.option(
+    "--model",
+    multiple=True,
+    metavar="CONFIG",
+    help="A Hugging Face config: a "
+    "config.json, its folder, or a model type such as qwen3_moe. May be repeated.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(64, 1024, 4096),
+    show_default=True,
+    help="Tokens of one rank. May be repeated.",
+)
+@click.option(
+    "--ep",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks that share the experts, started by torchrun.",
+)
+@click.option(
+    "--direction",
+    type=click.Choice(("forward", "backward")),
+    multiple=True,
+    help="Only this direction; default: both.",
+)
+@click.option("--ungated", is_flag=True, help="Experts of two matrices, without a gate.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The table to write; default: this GPU's in the cache directory.",
+)
+@click.option("--again", is_flag=True, help="Also tune what the table has already.")
+def tune(
+    shapes: tuple[str, ...],
+    model: tuple[str, ...],
+    tokens: tuple[int, ...],
+    ep: int,
+    direction: tuple[str, ...],
+    ungated: bool,
+    out: Path | None,
+    again: bool,
+) -> None:
+    """Measure plans for layers on this machine's GPU, and keep the faster ones in a table.
+
+    Fused layers of these shapes take them from then on, and `comet explain` says so. Ctrl-C keeps
+    what is done; the same command goes on with the rest. COMET_TUNED names another table, or
+    switches them off (0).
+    """
+    from comet_compile.targets import load_config
+
+    if not shapes and not model:
+        raise click.UsageError("nothing to tune: give --shapes or --model")
+    try:
+        from comet_compile import tuner
+        from comet_compile.tuning_bar import shown
+    except ImportError as error:
+        raise click.ClickException(f"comet tune needs Triton ({error})") from error
+    try:
+        sizes = [tuner.parse_sizes(text) for text in shapes]
+        sizes += [tuner.sizes_of_config(load_config(name)) for name in model]
+        jobs = tuner.jobs_for(sizes, tokens, ep, direction or tuner.DIRECTIONS, gated=not ungated)
+        group = tuner.join_ranks(ep)
+        shown(jobs, group, out, again=again)
+    except (CometError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            "stopped; what was found is kept, and the same command goes on with the rest"
+        ) from None
+
+
 if __name__ == "__main__":
     main()

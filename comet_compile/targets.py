@@ -23,7 +23,7 @@ import torch
 
 from comet_compile.errors import CometError
 
-__all__ = ["Target", "TargetError", "load_target"]
+__all__ = ["Target", "TargetError", "load_config", "load_target"]
 
 # Sizes of --small by the names configs use; only names that a config has are set. Two layers,
 # because some models keep their first one dense.
@@ -184,6 +184,22 @@ def _from_config(
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         ids = torch.randint(0, config.get_text_config().vocab_size, (1, tokens))
     return Target(model.train(train), (), {"input_ids": ids, "use_cache": False})
+
+
+def load_config(name: str) -> Any:
+    """Return the Hugging Face text config that `name` stands for, as `load_target` reads it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise TargetError(
+            f"{name!r} is read as a Hugging Face config, which needs transformers: "
+            "pip install comet-compile[transformers]."
+        ) from error
+    model_type, values = _read_config(name)
+    try:
+        return transformers.AutoConfig.for_model(model_type, **values).get_text_config()
+    except (ValueError, KeyError, TypeError) as error:
+        raise TargetError(f"{name!r} is no config of a language model: {error}") from error
 
 
 def _read_config(name: str) -> tuple[str, dict[str, Any]]:

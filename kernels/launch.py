@@ -6,9 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from comet_compile.kernels.recording import note_launch
+
+__all__ = [
+    "OutOfResources",
+    "descriptor",
+    "div_up",
+    "full_grid",
+    "launch",
+    "power_of_2",
+]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

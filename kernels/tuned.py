@@ -36,6 +36,7 @@ from comet_compile.kernels.plan import Device, Plan
 from comet_compile.kernels.plan_changes import PlanChangeError, change
 
 FORMAT = 1
+TRITON = triton.__version__
 VARIABLE = "COMET_TUNED"
 OFF = ("0", "off")
 
@@ -186,10 +187,9 @@ def _check_provenance(document: dict[str, Any], device: Device) -> None:
     versions = document.get("versions")
     measured = str(versions.get("triton")) if isinstance(versions, dict) else "unknown"
     # another Triton compiles to other registers and other schedules
-    if measured.split(".")[:2] != triton.__version__.split(".")[:2]:
+    if measured.split(".")[:2] != TRITON.split(".")[:2]:
         raise TableError(
-            f"it was measured with Triton {measured}, this is {triton.__version__}; "
-            "run `comet tune` again"
+            f"it was measured with Triton {measured}, this is {TRITON}; run `comet tune` again"
         )
 
 
