@@ -157,6 +157,7 @@ def tune(
     what is done; the same command goes on with the rest. COMET_TUNED names another table, or
     switches them off (0).
     """
+    from comet_compile.layer_sizes import parse_sizes, sizes_of_config
     from comet_compile.targets import load_config
 
     if not shapes and not model:
@@ -167,8 +168,8 @@ def tune(
     except ImportError as error:
         raise click.ClickException(f"comet tune needs Triton ({error})") from error
     try:
-        sizes = [tuner.parse_sizes(text) for text in shapes]
-        sizes += [tuner.sizes_of_config(load_config(name)) for name in model]
+        sizes = [parse_sizes(text) for text in shapes]
+        sizes += [sizes_of_config(load_config(name)) for name in model]
         jobs = tuner.jobs_for(sizes, tokens, ep, direction or tuner.DIRECTIONS, gated=not ungated)
         group = tuner.join_ranks(ep)
         shown(jobs, group, out, again=again)
@@ -178,6 +179,75 @@ def tune(
         raise click.ClickException(
             "stopped; what was found is kept, and the same command goes on with the rest"
         ) from None
+
+
+@main.command()
+@click.option(
+    "--shapes",
+    metavar="HxIxExK",
+    help="Sizes of a layer: hidden x intermediate x experts x top-k, such as 2048x768x128x8.",
+)
+@click.option(
+    "--model",
+    metavar="CONFIG",
+    help="A Hugging Face config: a config.json, its folder, or a model type such as qwen3_moe.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    help="Tokens of one rank.",
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(2, 4, 8, 72),
+    show_default=True,
+    help="GPUs of one NVLink domain. May be repeated.",
+)
+@click.option(
+    "--link",
+    type=click.FloatRange(min=0.01),
+    multiple=True,
+    default=(1.0,),
+    show_default=True,
+    help="Speed of the links in multiples of an H100's: 0.44 for an H800. May be repeated.",
+)
+@click.option(
+    "--hot",
+    type=click.FloatRange(min=1.0),
+    multiple=True,
+    default=(1.0,),
+    show_default=True,
+    help="Tokens of the busiest expert, in multiples of its share. May be repeated.",
+)
+def simulate(
+    shapes: str | None,
+    model: str | None,
+    tokens: int,
+    ranks: tuple[int, ...],
+    link: tuple[float, ...],
+    hot: tuple[float, ...],
+) -> None:
+    """Predict the forward of a layer between H100s: its phases, what bounds them, what is hidden.
+
+    Needs no GPU. Everything printed is predicted, not measured; how far off the model is on layers
+    that were measured says benchmarks/results/cost_model.md.
+    """
+    from comet_compile.targets import load_config
+
+    if (shapes is None) == (model is None):
+        raise click.UsageError("give one of --shapes and --model")
+    try:
+        from comet_compile.layer_sizes import parse_sizes, sizes_of_config
+        from comet_compile.simulated import shown
+
+        sizes = parse_sizes(shapes) if shapes else sizes_of_config(load_config(str(model)))
+        shown(sizes, tokens, ranks, link, hot)
+    except CometError as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -32,8 +32,6 @@ __all__ = [
     "TuningError",
     "jobs_for",
     "join_ranks",
-    "parse_sizes",
-    "sizes_of_config",
     "this_device",
     "tune",
 ]
@@ -68,45 +66,6 @@ class Job:
             interleaved=False,
             itemsize=2,
         )
-
-
-def parse_sizes(text: str) -> tuple[int, int, int, int]:
-    """Read ``2048x768x128x8``: hidden size, intermediate size, experts, top-k."""
-    try:
-        hidden, inter, experts, top_k = (int(part) for part in text.lower().split("x"))
-    except ValueError as error:
-        raise TuningError(
-            f"{text!r} is no shape; allowed: hidden x intermediate x experts x top-k, "
-            "such as 2048x768x128x8"
-        ) from error
-    return hidden, inter, experts, top_k
-
-
-# By the names that configs use, the first that is there counts.
-_NAMES = {
-    "hidden size": ("hidden_size",),
-    "intermediate size": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
-    "number of experts": (
-        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
-    ),
-    "top-k": ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"),
-}  # fmt: skip
-
-
-def sizes_of_config(config: Any) -> tuple[int, int, int, int]:
-    """Return (hidden, intermediate, experts, top-k) of a Hugging Face config."""
-    found = []
-    for what, names in _NAMES.items():
-        values = [getattr(config, name, None) for name in names]
-        value = next((v for v in values if isinstance(v, int) and v > 0), None)
-        if value is None:
-            raise TuningError(
-                f"a {config.model_type} config names no {what} ({', '.join(names)}); "
-                "give the sizes by --shapes"
-            )
-        found.append(value)
-    hidden, inter, experts, top_k = found
-    return hidden, inter, experts, top_k
 
 
 def jobs_for(

@@ -21,7 +21,8 @@ from comet_compile.cli import main
 from comet_compile.kernels import tuned
 from comet_compile.kernels.exchange_plan import ExchangePlan
 from comet_compile.kernels.plan import Device, GemmTiles, Plan, choose_plan
-from comet_compile.tuner import Job, TuningError
+from comet_compile.layer_sizes import LayerSizeError, sizes_of_config
+from comet_compile.tuner import Job
 from comet_compile.tuning_layer import LayerSize
 from comet_compile.tuning_search import Search, padded_work
 
@@ -346,9 +347,9 @@ def test_sizes_of_hugging_face_configs() -> None:
         "deepseek_v3": (7168, 2048, 256, 8),
         "gpt_oss": (2880, 2880, 128, 4),
     }.items():
-        assert tuner.sizes_of_config(for_model(name)) == sizes, name
-    with pytest.raises(TuningError, match="a llama config names no number of experts"):
-        tuner.sizes_of_config(for_model("llama"))
+        assert sizes_of_config(for_model(name)) == sizes, name
+    with pytest.raises(LayerSizeError, match="a llama config names no number of experts"):
+        sizes_of_config(for_model("llama"))
 
 
 def test_shapes_that_fall_into_one_class_are_one_job() -> None:

@@ -1,0 +1,205 @@
+"""Hold the cost model against measured layers, and fit its numbers to them.
+
+    python benchmarks/cost_model.py            # results/cost_model.md: predicted beside measured
+    python benchmarks/cost_model.py --check    # 1 if the page is not what model and files say
+    python benchmarks/cost_model.py --fit      # print numbers that fit the files best
+
+Measured is the replay of a CUDA graph, so device time, in the newest file of `results/` with the
+case. "left out" is what a fit predicts that saw no row of that layer's sizes: what to expect of a
+layer that was never measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_layer import load_package
+
+from comet_compile.kernels.cost_model import H100, Load, Machine, Phase, overlap, predict, total_us
+
+load_package()
+from moe_bench.shapes import SHAPES  # type: ignore[import-not-found]  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FITTED = ("gemm_tf", "row_gemm_tf", "memory_tb", "hide", "fixed_us", "sync_us")
+DEVICE = "H100"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A measured forward."""
+
+    case: str
+    shape: str
+    load: Load
+    us: float
+    file: str
+    phase: str = ""
+    """The phase that was measured, all if empty."""
+
+    def predicted(self, machine: Machine) -> float:
+        """Return what the model says of it, in microseconds."""
+        phases = predict(self.load, machine)
+        return sum(one.us for one in phases if self.phase in one.name)
+
+
+# kernels of `kernel_times.py`, and the phases that they are
+KERNELS = {"dispatch_gemm_act": "layer0", "gemm_combine": "layer1"}
+
+
+def measured_kernels(path: Path = RESULTS / "kernels_ep_h100.json") -> list[Row]:
+    """Return the longest kernels of layers between two ranks, as planned."""
+    document = json.loads(path.read_text())
+    return [
+        Row(
+            f"{row['shape']}/{row['tokens']}/{kernel}",
+            row["shape"],
+            _load("ep", row["shape"], row["tokens"], [], document["ranks"]),
+            row["us"][kernel],
+            path.name,
+            phase,
+        )
+        for row in document["rows"]
+        if not row["changed"]
+        for kernel, phase in KERNELS.items()
+    ]
+
+
+def measured(folder: Path = RESULTS) -> list[Row]:
+    """Return the rows of suites "local" and "ep" that were replayed on H100s, newest first kept."""
+    documents = [(json.loads(path.read_text()), path.name) for path in folder.glob("*.json")]
+    documents = [d for d in documents if DEVICE in str(d[0].get("device", d[0].get("devices")))]
+    rows: dict[str, Row] = {}
+    for document, name in sorted(documents, key=lambda d: str(d[0].get("date"))):
+        for row in document.get("rows", []):
+            if row.get("baseline") != "comet" or row.get("mode") != "forward":
+                continue
+            suite, shape, tokens, *skew = row["case"].split("/")
+            if suite in ("local", "ep") and row["graph_ms"]:
+                load = _load(suite, shape, int(tokens), skew, int(document.get("ranks", 1)))
+                us = 1e3 * row["graph_ms"]["median"]
+                rows[row["case"]] = Row(row["case"], shape, load, us, name)
+    return sorted(rows.values(), key=lambda row: row.case)
+
+
+def _load(suite: str, shape: str, tokens: int, skew: list[str], ranks: int) -> Load:
+    sizes = SHAPES[shape]
+    each = [tokens] * (max(2, ranks) if suite == "ep" else 1)
+    if "empty" in skew:
+        each[-1] = 0
+    hot = 4.0 if "hot" in skew else 1.0
+    return Load(sizes.hidden, sizes.inter, sizes.num_experts, sizes.top_k, tuple(each), hot)
+
+
+def loss(machine: Machine, rows: Sequence[Row]) -> float:
+    """Return the sum of squared log ratios of predicted to measured."""
+    return sum(math.log(row.predicted(machine) / row.us) ** 2 for row in rows)
+
+
+def fit(rows: Sequence[Row], start: Machine = H100) -> Machine:
+    """Return the machine whose numbers predict `rows` best: one number at a time, ever finer."""
+    rows = [*rows, *(one for one in measured_kernels() if one.shape in {r.shape for r in rows})]
+    best, least = start, loss(start, rows)
+    step = 0.2
+    while step > 1e-3:
+        improved = False
+        for field in FITTED:
+            for factor in (1 + step, 1 / (1 + step)):
+                value: Any = getattr(best, field) * factor
+                other = dataclasses.replace(best, **{field: value})
+                if (found := loss(other, rows)) < least:
+                    best, least, improved = other, found, True
+        if not improved:
+            step /= 2
+    return best
+
+
+def error(machine: Machine, row: Row) -> float:
+    """Return by which part of the measured time the predicted is too long."""
+    return row.predicted(machine) / row.us - 1
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return the comparison as Markdown."""
+    shapes = sorted({row.shape for row in rows})
+    without = {one: fit([row for row in rows if row.shape != one]) for one in shapes}
+    lines, own, others = [], [], []
+    for row in rows:
+        phases = predict(row.load, H100)
+        own.append(error(H100, row))
+        others.append(error(without[row.shape], row))
+        longest = max(phases, key=lambda phase: phase.us)
+        hidden = f"{100 * overlap(phases):.0f} %" if row.load.ranks > 1 else ""
+        lines.append(
+            f"| {row.case} | {row.us:.0f} | {total_us(phases):.0f} | {100 * own[-1]:+.1f} % "
+            f"| {100 * others[-1]:+.1f} % | {_bound(longest)} | {hidden} |"
+        )
+    worst = max(range(len(rows)), key=lambda i: abs(own[i]))
+    return "\n".join(
+        (
+            "# Predicted and measured",
+            "",
+            "Made by `python benchmarks/cost_model.py` from the replayed forwards of the files",
+            f"{', '.join(f'[{f}]({f})' for f in sorted({row.file for row in rows}))}.",
+            'Microseconds. "left out": predicted by numbers fitted without that layer\'s rows.',
+            "",
+            f"Median error {_median(own)}, {_median(others)} where the layer was left out; "
+            f"the worst is {rows[worst].case}, {100 * own[worst]:+.1f} %.",
+            "",
+            "| case | measured | predicted | error | left out | longest phase, bound by | hidden |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *lines,
+            "",
+            "The two longest kernels of layers between ranks ([kernels_ep_h100.json]"
+            "(kernels_ep_h100.json)):",
+            "",
+            "| kernel | measured | predicted | error |",
+            "| --- | --- | --- | --- |",
+            *(
+                f"| {row.case} | {row.us:.0f} | {row.predicted(H100):.0f} "
+                f"| {100 * error(H100, row):+.1f} % |"
+                for row in measured_kernels()
+            ),
+            "",
+        )
+    )
+
+
+def _bound(phase: Phase) -> str:
+    return f"{phase.name}: {phase.bound}"
+
+
+def _median(errors: Sequence[float]) -> str:
+    return f"{100 * statistics.median(map(abs, errors)):.1f} %"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write or check the page, or fit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fit", action="store_true", help="print the numbers that fit best")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+    args = parser.parse_args(argv)
+    rows = measured()
+    if args.fit:
+        best = fit(rows)
+        for field in FITTED:
+            print(f"{field}={getattr(best, field):.4g}")
+        print(f"median error {_median([error(best, row) for row in rows])}")
+        return 0
+    path, text = RESULTS / "cost_model.md", page(rows)
+    if args.check:
+        return 0 if path.exists() and path.read_text() == text else 1
+    path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What ``comet simulate`` shows: predicted timelines and sweeps, every number marked as such."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from comet_compile.kernels.cost_model import (
+    H100,
+    Load,
+    Machine,
+    Phase,
+    overlap,
+    predict,
+    total_us,
+)
+from comet_compile.layer_sizes import LayerSizeError, Sizes
+
+__all__ = ["shown", "sweep_table", "timeline"]
+
+_BAR = 30
+
+
+def shown(
+    sizes: Sizes,
+    tokens: int,
+    ranks: Sequence[int],
+    links: Sequence[float],
+    hots: Sequence[float],
+) -> None:
+    """Print the timeline of the first combination and a line for each."""
+    hidden, inter, experts, top_k = sizes
+    for num in ranks:
+        if num > experts:
+            raise LayerSizeError(f"{num} ranks for {experts} experts; allowed: one each, at least")
+    if top_k > experts:
+        raise LayerSizeError(f"top-{top_k} of {experts} experts; allowed: 1 to {experts}")
+    cases = [
+        (Load(hidden, inter, experts, top_k, (tokens,) * num, hot), _machine(link))
+        for num, link, hot in itertools.product(ranks, links, hots)
+    ]
+    console = Console()
+    console.print(
+        f"predicted, not measured: {experts} experts of {hidden} x {inter}, top-{top_k}, "
+        f"{tokens} tokens a rank, forward, {H100.name}",
+        soft_wrap=True,
+    )
+    load, machine = cases[0]
+    console.print(timeline(load, predict(load, machine)))
+    console.print(sweep_table(cases))
+    uneven = [str(num) for num in ranks if experts % num]
+    if uneven:
+        console.print(f"{', '.join(uneven)} GPUs: as if experts could be shared evenly")
+
+
+def _machine(link: float) -> Machine:
+    return H100 if link == 1.0 else H100.with_link(link)
+
+
+def timeline(load: Load, phases: Sequence[Phase]) -> Table:
+    """Return a line per phase: when it runs on the busiest rank, and what bounds it.
+
+    "links": microseconds for which they are busy meanwhile.
+    """
+    table = Table(title=f"timeline, {_ranks(load)}", title_justify="left")
+    for name in ("phase", "us", "bound by", "links", "when"):
+        table.add_column(name, justify="right" if name in ("us", "links") else "left", no_wrap=True)
+    total, begin = total_us(phases), 0.0
+    for phase in phases:
+        first = round(_BAR * begin / total)
+        length = max(1, round(_BAR * phase.us / total))
+        moving = f"{phase.transfer_us:.0f}" if phase.transfer_us else ""
+        table.add_row(
+            phase.name,
+            f"{phase.us:.0f}",
+            phase.bound,
+            moving,
+            " " * first + "\N{FULL BLOCK}" * length,
+        )
+        begin += phase.us
+    return table
+
+
+def sweep_table(cases: Sequence[tuple[Load, Machine]]) -> Table:
+    """Return a line per case: time, teraflops of a GPU, and which part of transfers is hidden."""
+    table = Table(title="sweep", title_justify="left")
+    for name in ("GPUs", "GB/s", "hot", "us", "TF", "hidden", "longest"):
+        table.add_column(name, justify="left" if name == "longest" else "right", no_wrap=True)
+    for load, machine in cases:
+        phases = predict(load, machine)
+        total, moving = total_us(phases), sum(phase.transfer_us for phase in phases)
+        longest = max(phases, key=lambda phase: phase.us)
+        fastest = max(rate for _, rate in machine.pull_gb)
+        table.add_row(
+            str(load.ranks), f"{fastest:.0f}", f"{load.hot:g}", f"{total:.0f}",
+            f"{load.flops / load.ranks / total / 1e6:.0f}",
+            f"{100 * overlap(phases):.0f} %" if moving else "-",
+            f"{longest.name} ({longest.bound})",
+        )  # fmt: skip
+    return table
+
+
+def _ranks(load: Load) -> str:
+    return "one GPU" if load.ranks == 1 else f"{load.ranks} GPUs"

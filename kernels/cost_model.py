@@ -1,0 +1,255 @@
+"""How long a fused forward takes, from sizes and a few numbers of the machine.
+
+    time = top-k + tables + layer0 + layer1 + sums        (one GPU)
+         + publishing + what of the transfers is not hidden   (between ranks)
+
+A GEMM takes the longer of its products and its bytes, and HIDE of the shorter, which overlap does
+not hide whole::
+
+    products = waves * K / 64 * flops of a step / rate of a multiprocessor
+    bytes    = (matrices of the experts that have tokens + rows written) / memory bandwidth
+
+Tiles are those of `choose_plan`; an expert's rows end within a tile, so half a tile of each is
+padding. Between ranks, `num_fetchers` CTAs pull the peers' tokens, rank by rank, while the
+others multiply what is there: that costs their share of the multiprocessors for as long as it
+takes. Sums are reduced and pushed once the products are done. With
+skew, the busiest rank is what is predicted.
+
+Top-k and transfers of `H100` were measured apart, its other numbers are fitted to measured
+layers; `benchmarks/cost_model.py` says how far off the model is on them, and on layers that were
+left out of the fit. Backwards are not predicted.
+
+Legend: T tokens of a rank, A experts per token, S = T*A slots, P ranks, E experts of all ranks, H
+model dim, I expert intermediate dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from comet_compile.kernels.plan import Device, GemmTiles, choose_plan
+
+_STEP_K = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A GPU and its links; the rates are what kernels reach, not what a data sheet says."""
+
+    name: str
+    device: Device
+    gemm_tf: float
+    """Teraflops of one multiprocessor in full tiles whose rows come by index (layer0)."""
+    row_gemm_tf: float
+    """The same where rows lie in order (layer1)."""
+    memory_tb: float
+    """TB/s of streaming."""
+    hide: float
+    """The part of a GEMM's shorter side that still shows."""
+    topk_us: float
+    topk_element_ns: float
+    """Softmax and top-k: fixed, and per router score."""
+    fixed_us: float
+    """Launches and the tables' fixed part."""
+    sync_us: float
+    """What a call between ranks takes beside: flags that are waited for, kernels that start and
+    end."""
+    pull_gb: tuple[tuple[int, float], ...]
+    """GB/s of fetching rows from peers, by the number of CTAs."""
+    push_gb: tuple[tuple[int, float], ...]
+    """GB/s of sending rows to peers, by the number of CTAs."""
+
+    def with_link(self, scale: float) -> Machine:
+        """Return the machine with links `scale` times as fast, as far as CTAs can use them."""
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}, links x {scale:g}",
+            pull_gb=_scaled(self.pull_gb, scale),
+            push_gb=_scaled(self.push_gb, scale),
+        )
+
+
+def _scaled(table: tuple[tuple[int, float], ...], scale: float) -> tuple[tuple[int, float], ...]:
+    # a link carries `scale` times what it did at most, and so few CTAs never asked for more
+    most = scale * max(rate for _, rate in table)
+    return tuple((ctas, min(rate * max(1.0, scale), most)) for ctas, rate in table)
+
+
+H100 = Machine(
+    "H100",
+    Device(132, 232448, (9, 0), "NVIDIA H100 80GB HBM3"),
+    gemm_tf=5.48,
+    row_gemm_tf=6.0,
+    memory_tb=2.71,
+    hide=0.398,
+    topk_us=19.0,
+    topk_element_ns=0.044,
+    fixed_us=27.3,
+    sync_us=80.7,
+    pull_gb=((8, 85.0), (16, 161.0), (24, 227.0), (32, 280.0), (64, 301.0)),
+    push_gb=((4, 123.0), (8, 185.0), (12, 316.0), (64, 343.0), (132, 349.0)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """A layer and what it is given; `experts` are those of all ranks, SwiGLU, bf16.
+
+    `tokens` has a number per rank. `hot`: the busiest expert's tokens, in multiples of its share.
+    """
+
+    hidden: int
+    inter: int
+    experts: int
+    top_k: int
+    tokens: tuple[int, ...]
+    hot: float = 1.0
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(self.tokens)
+
+    @property
+    def busiest_rows(self) -> float:
+        """Rows that the busiest rank computes."""
+        slots = sum(self.tokens) * self.top_k
+        even = slots / self.ranks
+        # a hot expert takes its tokens from all others alike
+        share = min(self.hot * slots / self.experts, float(sum(self.tokens)))
+        others = (slots - share) * (self.experts / self.ranks - 1) / max(1, self.experts - 1)
+        return max(even, share + others) if self.hot > 1 else even
+
+    @property
+    def flops(self) -> float:
+        """Of all ranks, forward: ``6*T*A*H*I`` of all tokens."""
+        return 6.0 * sum(self.tokens) * self.top_k * self.hidden * self.inter
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A kernel or group of kernels on the busiest rank; they follow each other."""
+
+    name: str
+    us: float
+    bound: str
+    """"products", "memory", "link" or "latency": what would have to be faster."""
+    transfer_us: float = 0.0
+    """How long the links are busy meanwhile."""
+    exposed_us: float = 0.0
+    """The part of `us` that the transfer adds."""
+
+
+def predict(load: Load, machine: Machine, num_fetchers: int = 24) -> list[Phase]:
+    """Return the phases of a forward on the busiest rank, in order."""
+    most, ranks, bandwidth = max(load.tokens), load.ranks, machine.memory_tb * 1e6
+    rows = load.busiest_rows
+    own_experts = load.experts / ranks
+    # of few slots, some experts get none
+    busy = own_experts * (1 - (1 - 1 / own_experts) ** rows) if own_experts > 1 else 1.0
+    plan = choose_plan(
+        max(1, round(most * load.top_k)),
+        max(1, round(own_experts)),
+        load.hidden,
+        load.inter,
+        gated=True,
+        interleaved=False,
+        device=machine.device,
+    )
+    layer0 = _gemm(plan.layer0, rows, busy, load.hidden, load.inter, 2, machine.gemm_tf, machine)
+    layer1 = _gemm(
+        plan.layer1, rows, busy, load.inter, load.hidden, 1, machine.row_gemm_tf, machine
+    )
+    topk = machine.topk_us + most * load.experts * machine.topk_element_ns * 1e-3
+    row_bytes = 2 * load.hidden
+    phases = [Phase("top-k", topk, "latency")]
+    if ranks == 1:
+        tables = machine.fixed_us + 2 + most * load.top_k * 0.15e-3
+        sums = most * (load.top_k + 1) * row_bytes / bandwidth
+        return [
+            *phases,
+            Phase("tables", tables, "latency"),
+            Phase("layer0", *layer0),
+            Phase("layer1", *layer1),
+            Phase("sums", sums, "memory"),
+        ]
+    slots = ranks * most * load.top_k
+    publish = 5 + 2 * most * row_bytes / bandwidth
+    tables = (
+        machine.fixed_us + machine.sync_us + 2 + slots * 0.135e-3 + 3 + slots / plan.block_m * 0.02
+    )
+    # a token crosses to a rank once, however many of its experts live there
+    reached = 1 - (1 - 1 / ranks) ** load.top_k
+    peers = sum(load.tokens) - min(load.tokens)
+    moved = peers * reached * row_bytes
+    fetchers = max(1, min(num_fetchers, machine.device.num_sms // 4))
+    pull = moved / (_rate(machine.pull_gb, fetchers) * 1e3)
+    # tiles go in the order in which tokens come, so all but the last rank's hide the fetching
+    last_part = most / max(1, sum(load.tokens))
+    waited = max(0.0, pull - (1 - last_part) * layer0[0])
+    lost = pull * fetchers / machine.device.num_sms + waited
+    push = moved / (_rate(machine.push_gb, machine.device.num_sms) * 1e3)
+    reduced = rows * (ranks - 1) / ranks * row_bytes / bandwidth
+    sending = max(reduced, push)
+    own_sums = most * (load.top_k / ranks + ranks) * row_bytes / bandwidth
+    bound0 = "link" if waited else layer0[1]
+    bound1 = "link" if sending > layer1[0] else layer1[1]
+    return [
+        *phases,
+        Phase("publish", publish, "memory"),
+        Phase("tables", tables, "latency"),
+        Phase("layer0 + fetch", layer0[0] + lost, bound0, pull, lost),
+        Phase("layer1 + send", layer1[0] + sending, bound1, push, sending),
+        Phase("sums", own_sums, "memory"),
+    ]
+
+
+def total_us(phases: Sequence[Phase]) -> float:
+    """Return the microseconds of all phases."""
+    return sum(phase.us for phase in phases)
+
+
+def overlap(phases: Sequence[Phase]) -> float:
+    """Return which part of the transfers' time is hidden, 1 if there are none."""
+    moving = sum(phase.transfer_us for phase in phases)
+    shown = sum(min(phase.exposed_us, phase.transfer_us) for phase in phases)
+    return 1 - shown / moving if moving else 1.0
+
+
+def _gemm(
+    tiles: GemmTiles,
+    rows: float,
+    busy: float,
+    k: int,
+    columns: int,
+    matrices: int,
+    tf_of_sm: float,
+    machine: Machine,
+) -> tuple[float, str]:
+    """Return microseconds and what bounds them."""
+    per_expert = rows / max(busy, 1e-9)
+    row_tiles = rows / tiles.block_m + 0.5 * busy if per_expert > tiles.block_m else busy
+    num_tiles = row_tiles * math.ceil(columns / tiles.block_n)
+    waves = num_tiles / machine.device.num_sms
+    waves = math.ceil(waves) if waves < 4 else waves + 0.5
+    tile_flops = 2.0 * tiles.block_m * tiles.block_n * matrices * _STEP_K
+    steps = math.ceil(k / _STEP_K)
+    products = waves * steps * tile_flops / (tf_of_sm * 1e6)
+    moved = 2.0 * (busy * k * columns * matrices + rows * columns)
+    memory = moved / (machine.memory_tb * 1e6)
+    longer, shorter = max(products, memory), min(products, memory)
+    return longer + machine.hide * shorter, "products" if products > memory else "memory"
+
+
+def _rate(table: tuple[tuple[int, float], ...], ctas: int) -> float:
+    """Interpolate GB/s at a number of CTAs; below the first entry in proportion to them."""
+    first, rate = table[0]
+    if ctas <= first:
+        return rate * ctas / first
+    for (low, below), (high, above) in itertools.pairwise(table):
+        if ctas <= high:
+            return below + (above - below) * (ctas - low) / (high - low)
+    return table[-1][1]
