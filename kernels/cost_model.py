@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from comet_compile.kernels.plan import Device, GemmTiles, choose_plan
 
 _STEP_K = 64
+USUAL_FETCHERS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Phase:
     """The part of `us` that the transfer adds."""
 
 
-def predict(load: Load, machine: Machine, num_fetchers: int = 24) -> list[Phase]:
+def predict(load: Load, machine: Machine, num_fetchers: int = USUAL_FETCHERS) -> list[Phase]:
     """Return the phases of a forward on the busiest rank, in order."""
     most, ranks, bandwidth = max(load.tokens), load.ranks, machine.memory_tb * 1e6
     rows = load.busiest_rows
@@ -185,12 +186,11 @@ def predict(load: Load, machine: Machine, num_fetchers: int = 24) -> list[Phase]
     reached = 1 - (1 - 1 / ranks) ** load.top_k
     peers = sum(load.tokens) - min(load.tokens)
     moved = peers * reached * row_bytes
-    fetchers = max(1, min(num_fetchers, machine.device.num_sms // 4))
-    pull = moved / (_rate(machine.pull_gb, fetchers) * 1e3)
+    pull = moved / (_rate(machine.pull_gb, num_fetchers) * 1e3)
     # tiles go in the order in which tokens come, so all but the last rank's hide the fetching
     last_part = most / max(1, sum(load.tokens))
     waited = max(0.0, pull - (1 - last_part) * layer0[0])
-    lost = pull * fetchers / machine.device.num_sms + waited
+    lost = pull * num_fetchers / machine.device.num_sms + waited
     push = moved / (_rate(machine.push_gb, machine.device.num_sms) * 1e3)
     reduced = rows * (ranks - 1) / ranks * row_bytes / bandwidth
     sending = max(reduced, push)
@@ -205,6 +205,33 @@ def predict(load: Load, machine: Machine, num_fetchers: int = 24) -> list[Phase]
         Phase("layer1 + send", layer1[0] + sending, bound1, push, sending),
         Phase("sums", own_sums, "memory"),
     ]
+
+
+_FETCHERS = (8, 12, 16, 24, 32, 48, 64)
+# what the model cannot tell apart is not changed
+_WORTH = 0.01
+
+
+def choose_fetchers(load: Load, machine: Machine, usual: int) -> int:
+    """Return how many CTAs should fetch: `usual`, unless others are predicted WORTH faster.
+
+    Few take from the products for longer than many, but leave most of the links idle: with two
+    ranks own tokens last until the peer's are here, with eight the links decide.
+    """
+    times = {
+        num: total_us(predict(load, machine, num))
+        for num in (usual, *_FETCHERS)
+        if num <= machine.device.num_sms // 2
+    }
+    best = min(times, key=lambda num: times[num])
+    return best if times[best] < (1 - _WORTH) * times[usual] else usual
+
+
+def machine_of(device: Device) -> Machine | None:
+    """Return what is known of a device, None if nothing is."""
+    known = H100.device
+    same = (device.num_sms, device.capability) == (known.num_sms, known.capability)
+    return H100 if same else None
 
 
 def total_us(phases: Sequence[Phase]) -> float:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from comet_compile.kernels import layer0, tuned
+from comet_compile.kernels import cost_model, layer0, tuned
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.launch import div_up, power_of_2
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
@@ -17,7 +17,6 @@ from comet_compile.kernels.plan import Plan, choose_plan, read_device
 # What a CTA fetches and computes in a second, with some to spare, on an H100 with NVLink. Only the
 # ratio counts: how many own tiles fill the time in which the peers' tokens come.
 _CTA_BYTES, _CTA_FLOPS = 8e9, 4.5e12
-_NUM_FETCHERS = 24
 # CTAs that send beside the tiles lack more for tiles than they save: with 16 of 132, layer1 took
 # 0.50 ms instead of 0.46 (Qwen3-30B), 4.4 instead of 3.8 (DeepSeek-V3), 2.8 instead of 2.7
 # (Mixtral; 2 x H100, 8192 tokens a rank, benchmarks/results/kernels_ep_h100.json). So all send at
@@ -73,7 +72,15 @@ def plan_exchange(
     )
     peers_bytes = (num_ranks - 1) * capacity * hidden * params.w_in.element_size()
     flops = (4 if gated else 2) * capacity * top_k * hidden * inter
-    num_fetchers = max(1, min(_NUM_FETCHERS, device.num_sms // 4))
+    num_fetchers = max(1, min(cost_model.USUAL_FETCHERS, device.num_sms // 4))
+    machine = cost_model.machine_of(device)
+    if machine is not None and gated:
+        load = cost_model.Load(
+            hidden, inter, params.num_experts * num_ranks, top_k, (capacity,) * num_ranks
+        )
+        chosen = cost_model.choose_fetchers(load, machine, num_fetchers)
+        if chosen != num_fetchers:
+            num_fetchers, gemms = chosen, dataclasses.replace(gemms, source="cost model")
     lead0 = _part(peers_bytes / num_fetchers, flops / device.num_sms)
     # own tiles for about two rounds: nobody then waits for the last of the others
     num_jobs = capacity * top_k // gemms.block_m * div_up(hidden, gemms.layer1.block_n)

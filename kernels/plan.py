@@ -70,7 +70,7 @@ class Plan:
     grad_weight: GemmTiles
     # the backward brings tokens and gradients into the experts' order once, in front of its GEMMs
     gathers: bool
-    # what chose it: the rules below, or a table that was measured (`tuned`)
+    # what chose it: the rules below, the cost model, or a table that was measured (`tuned`)
     source: str = "rule"
 
     @property

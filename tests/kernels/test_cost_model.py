@@ -15,7 +15,16 @@ import pytest
 from click.testing import CliRunner
 
 from comet_compile.cli import main
-from comet_compile.kernels.cost_model import H100, Load, overlap, predict, total_us
+from comet_compile.kernels.cost_model import (
+    H100,
+    USUAL_FETCHERS,
+    Load,
+    choose_fetchers,
+    machine_of,
+    overlap,
+    predict,
+    total_us,
+)
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QWEN3 = Load(2048, 768, 128, 8, (8192, 8192))
@@ -130,6 +139,30 @@ def test_one_gpu_has_no_transfers() -> None:
     phases = predict(dataclasses.replace(QWEN3, tokens=(8192,)), H100)
     assert overlap(phases) == 1
     assert all(phase.transfer_us == 0 for phase in phases)
+
+
+# -- the split that it chooses -------------------------------------------------------------------
+
+
+def test_between_two_ranks_the_measured_split_is_kept(checked: Any) -> None:
+    for row in checked.measured():
+        if row.load.ranks == 2 and min(row.load.tokens) >= 1024:
+            assert choose_fetchers(row.load, H100, USUAL_FETCHERS) == USUAL_FETCHERS, row.case
+
+
+def test_more_ranks_or_slower_links_get_the_split_that_is_predicted_best() -> None:
+    wide = dataclasses.replace(QWEN3, tokens=(8192,) * 8)
+    chosen = choose_fetchers(wide, H100, USUAL_FETCHERS)
+    assert chosen > USUAL_FETCHERS
+    best = total_us(predict(wide, H100, chosen))
+    for num in range(4, 67):
+        assert best <= 1.02 * total_us(predict(wide, H100, num)), num
+
+
+def test_what_is_not_known_is_not_predicted() -> None:
+    assert machine_of(H100.device) is H100
+    assert machine_of(dataclasses.replace(H100.device, num_sms=108)) is None
+    assert machine_of(dataclasses.replace(H100.device, capability=(10, 0))) is None
 
 
 # -- comet simulate ----------------------------------------------------------------------------
