@@ -44,9 +44,10 @@ test: $(READY) ## Run the CPU test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "not gpu and not multigpu" $(PYTEST_ARGS)
 
 cross-compile: $(READY) ## Compile the kernels for GPUs that are not here, with the oldest supported Triton
-	@# `make test` does so with the newest; torch itself may have no triton of its own on a CPU
+	@# `make test` does so with the newest, but for a few slow cases; torch itself may have no triton
+	@# of its own on a CPU
 	[ -d $(OLD_TRITON_DIR) ] || $(PY) -m pip install -qq $(PIP_ARGS) --no-deps --target $(OLD_TRITON_DIR) '$(OLD_TRITON)'
-	export PYTHONPATH=$(CURDIR)/$(OLD_TRITON_DIR) OMP_NUM_THREADS=1; \
+	export PYTHONPATH=$(CURDIR)/$(OLD_TRITON_DIR) OMP_NUM_THREADS=1 COMET_SLOW_TESTS=1; \
 	  $(PY) -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
 	  $(PY) -m pytest $(WORKERS) tests/kernels/test_cross_compile.py $(PYTEST_ARGS)
 

@@ -220,7 +220,7 @@ def tuned_main(
     path = Path(folder) / f"table-{rank}.json"
     path.write_text(json.dumps(document))
     os.environ["COMET_TUNED"] = str(path) if all_have_it or rank == 0 else "0"
-    globals()["CALLS"] = CALLS[:2]
+    globals()["CALLS"] = CALLS[:1]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         errors, _ = rank_main(rank, num_ranks, folder)

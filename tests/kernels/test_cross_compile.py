@@ -101,6 +101,13 @@ REGISTERS = {
 }
 # What these take besides does not depend on the model's size.
 OTHER_REGISTERS = {"count": 47, "place": 128, "sum": 48}
+# Their kernels are compiled with the newest Triton in other modes or for other devices.
+WITH_ONE_TRITON = {
+    (90, "halves_n_contiguous", 8192),
+    (90, "gpt_oss", 8192),
+    (80, "qwen3_30b", 512),
+    (100, "gpt_oss", 8192),
+}
 # Where the tiles of `choose_plan`, sized for inference, are too large for the registers.
 KNOWN_SPILLS = {
     (90, "gpt_oss_training", 8192),
@@ -315,7 +322,10 @@ def test_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -
 
 @pytest.mark.parametrize(
     ("capability", "name", "num_tokens"),
-    list(BACKWARD_REGISTERS),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case in WITH_ONE_TRITON else [])
+        for case in BACKWARD_REGISTERS
+    ],
 )
 def test_backward_compiles_without_a_spill(capability: int, name: str, num_tokens: int) -> None:
     model = MODELS[name]

@@ -371,7 +371,15 @@ def test_rows_computed_again_give_the_same_bits(
     assert_same_bits_from_computed_rows(case, Needs())
 
 
-@pytest.mark.parametrize("needs", [Needs(), Needs(w_in=False), Needs(w_out=False)], ids=str)
+@pytest.mark.parametrize(
+    "needs",
+    [
+        Needs(),
+        Needs(w_in=False),
+        pytest.param(Needs(w_out=False), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_rows_computed_again_where_their_memory_is_borrowed_or_not(needs: Needs) -> None:
     # 300 tokens' rows do not fit into the gradient of w_in, those of 9 do
     for num_tokens in (300, 9):

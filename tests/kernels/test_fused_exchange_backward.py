@@ -130,9 +130,9 @@ def test_gathering_the_tokens_first(weight_place: str) -> None:
 @pytest.mark.parametrize(
     ("activation", "weight_place", "keeps"),
     [
-        ("silu_glu", "after", (True, True)),
+        pytest.param("silu_glu", "after", (True, True), marks=pytest.mark.slow),
         ("silu_glu:interleaved", "between", (True, False)),
-        ("relu2", "before", (False, True)),
+        pytest.param("relu2", "before", (False, True), marks=pytest.mark.slow),
     ],
 )
 def test_saved_rows_give_the_same_bits(
