@@ -24,6 +24,7 @@ from typing import Any
 
 from moe_layer import load_package
 
+from comet_compile.kernels.backward_cost import predict_backward
 from comet_compile.kernels.cost_model import H100, Load, Machine, Phase, overlap, predict, total_us
 
 load_package()
@@ -45,11 +46,12 @@ class Row:
     file: str
     phase: str = ""
     """The phase that was measured, all if empty."""
+    backward: bool = False
 
     def predicted(self, machine: Machine) -> float:
         """Return what the model says of it, in microseconds."""
-        phases = predict(self.load, machine)
-        return sum(one.us for one in phases if self.phase in one.name)
+        phases = (predict_backward if self.backward else predict)(self.load, machine)
+        return sum(one.us for one in phases if one.name.startswith(self.phase))
 
 
 # kernels of `kernel_times.py`, and the phases that they are
@@ -72,6 +74,57 @@ def measured_kernels(path: Path = RESULTS / "kernels_ep_h100.json") -> list[Row]
         if not row["changed"]
         for kernel, phase in KERNELS.items()
     ]
+
+
+BACKWARD_KERNELS = {
+    "arrange": ("gather_rows#1", "gather_rows#2"),
+    "hidden rows": ("grad_hidden",),
+    "w_out": ("grad_weight#1",),
+    "w_in": ("grad_weight#2",),
+    "tokens": ("gemm_rows",),
+    "sums": ("sum_slots",),
+}
+# the numbers of the machine that only the backward depends on
+FITTED_BACKWARD = ("hidden_gemm_tf", "weight_gemm_tf")
+
+
+def measured_backward_kernels(path: Path = RESULTS / "kernels_backward_h100.json") -> list[Row]:
+    """Return the kernels of backwards on one GPU with half of the experts, as planned."""
+    rows = []
+    for row in json.loads(path.read_text())["rows"]:
+        sizes = SHAPES[row["shape"]]
+        load = Load(
+            sizes.hidden, sizes.inter, sizes.num_experts // 2, sizes.top_k, (row["tokens"],)
+        )
+        case = f"{row['shape']}/{row['tokens']}"
+        rows += [
+            Row(
+                f"{case}/{phase}", row["shape"], load, sum(row["us"][one] for one in kernels),
+                path.name, phase, backward=True,
+            )
+            for phase, kernels in BACKWARD_KERNELS.items()
+            if not row["changed"]
+        ]  # fmt: skip
+    return rows
+
+
+def measured_backwards(folder: Path = RESULTS) -> list[Row]:
+    """Return the backwards of layers: steps less forwards, as launched."""
+    rows = []
+    for name in ("ep_train_h100.json", "local_train_h100.json"):
+        document = json.loads((folder / name).read_text())
+        times = {
+            (row["case"], row["mode"]): 1e3 * row["call_ms"]["median"]
+            for row in document["rows"]
+            if row["baseline"] == "comet"
+        }
+        for (case, mode), step in times.items():
+            if mode == "train":
+                suite, shape, tokens, *skew = case.split("/")
+                load = _load(suite, shape, int(tokens), skew, _ranks(document))
+                us = step - times[case, "forward"]
+                rows.append(Row(case, shape, load, us, name, backward=True))
+    return sorted(rows, key=lambda row: row.case)
 
 
 def measured(folder: Path = RESULTS) -> list[Row]:
@@ -111,13 +164,24 @@ def loss(machine: Machine, rows: Sequence[Row]) -> float:
 
 
 def fit(rows: Sequence[Row], start: Machine = H100) -> Machine:
-    """Return the machine whose numbers predict `rows` best: one number at a time, ever finer."""
-    rows = [*rows, *(one for one in measured_kernels() if one.shape in {r.shape for r in rows})]
+    """Return the machine whose forward numbers predict `rows` and their kernels best."""
+    shapes = {row.shape for row in rows}
+    kernels = [one for one in measured_kernels() if one.shape in shapes]
+    return descend([*rows, *kernels], FITTED, start)
+
+
+def fit_backward(start: Machine = H100) -> Machine:
+    """Return the machine whose backward numbers predict the kernels of backwards best."""
+    return descend(measured_backward_kernels(), FITTED_BACKWARD, start)
+
+
+def descend(rows: Sequence[Row], fields: Sequence[str], start: Machine) -> Machine:
+    """Return a machine that predicts `rows` best: one number at a time, ever finer."""
     best, least = start, loss(start, rows)
     step = 0.2
     while step > 1e-3:
         improved = False
-        for field in FITTED:
+        for field in fields:
             for factor in (1 + step, 1 / (1 + step)):
                 value: Any = getattr(best, field) * factor
                 other = dataclasses.replace(best, **{field: value})
@@ -169,19 +233,33 @@ def page(rows: Sequence[Row]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- |",
             *lines,
             "",
-            "The two longest kernels of layers between ranks ([kernels_ep_h100.json]"
-            "(kernels_ep_h100.json)):",
+            "## The longest kernels of forwards between two ranks",
             "",
-            "| kernel | measured | predicted | error |",
-            "| --- | --- | --- | --- |",
-            *(
-                f"| {row.case} | {row.us:.0f} | {row.predicted(H100):.0f} "
-                f"| {100 * error(H100, row):+.1f} % |"
-                for row in measured_kernels()
-            ),
+            *_plain_table(measured_kernels()),
+            "## Backwards, steps less forwards as launched",
             "",
+            *_plain_table(measured_backwards()),
+            "## Kernels of backwards, one GPU with half of the experts",
+            "",
+            *_plain_table(measured_backward_kernels()),
         )
     )
+
+
+def _plain_table(rows: Sequence[Row]) -> list[str]:
+    errors = [error(H100, row) for row in rows]
+    files = ", ".join(f"[{file}]({file})" for file in sorted({row.file for row in rows}))
+    return [
+        f"From {files}; median error {_median(errors)}, worst {100 * max(errors, key=abs):+.1f} %.",
+        "",
+        "| what | measured | predicted | error |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {row.case} | {row.us:.0f} | {row.predicted(H100):.0f} | {100 * one:+.1f} % |"
+            for row, one in zip(rows, errors, strict=True)
+        ),
+        "",
+    ]
 
 
 # An H800 is an H100 whose links are 400 GB/s instead of 900.
@@ -250,8 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows = measured()
     if args.fit:
-        best = fit(rows)
-        for field in FITTED:
+        best = fit_backward(fit(rows))
+        for field in (*FITTED, *FITTED_BACKWARD):
             print(f"{field}={getattr(best, field):.4g}")
         print(f"median error {_median([error(best, row) for row in rows])}")
         return 0

@@ -216,6 +216,12 @@ def tune(
     help="Speed of the links in multiples of an H100's: 0.44 for an H800. May be repeated.",
 )
 @click.option(
+    "--direction",
+    type=click.Choice(("forward", "backward")),
+    default="forward",
+    show_default=True,
+)
+@click.option(
     "--hot",
     type=click.FloatRange(min=1.0),
     multiple=True,
@@ -230,8 +236,9 @@ def simulate(
     ranks: tuple[int, ...],
     link: tuple[float, ...],
     hot: tuple[float, ...],
+    direction: str,
 ) -> None:
-    """Predict the forward of a layer between H100s: its phases, what bounds them, what is hidden.
+    """Predict a layer between H100s: its phases, what bounds them, what is hidden.
 
     Needs no GPU. Everything printed is predicted, not measured; how far off the model is on layers
     that were measured says benchmarks/results/cost_model.md.
@@ -245,7 +252,7 @@ def simulate(
         from comet_compile.simulated import shown
 
         sizes = parse_sizes(shapes) if shapes else sizes_of_config(load_config(str(model)))
-        shown(sizes, tokens, ranks, link, hot)
+        shown(sizes, tokens, ranks, link, hot, direction)
     except CometError as error:
         raise click.ClickException(str(error)) from error
 

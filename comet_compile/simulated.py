@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from comet_compile.kernels.backward_cost import predict_backward
 from comet_compile.kernels.cost_model import (
     H100,
     Load,
@@ -22,6 +23,10 @@ from comet_compile.layer_sizes import LayerSizeError, Sizes
 __all__ = ["shown", "sweep_table", "timeline"]
 
 _BAR = 30
+PREDICTED: dict[str, Callable[[Load, Machine], list[Phase]]] = {
+    "forward": predict,
+    "backward": predict_backward,
+}
 
 
 def shown(
@@ -30,6 +35,7 @@ def shown(
     ranks: Sequence[int],
     links: Sequence[float],
     hots: Sequence[float],
+    direction: str = "forward",
 ) -> None:
     """Print the timeline of the first combination and a line for each."""
     hidden, inter, experts, top_k = sizes
@@ -45,12 +51,13 @@ def shown(
     console = Console()
     console.print(
         f"predicted, not measured: {experts} experts of {hidden} x {inter}, top-{top_k}, "
-        f"{tokens} tokens a rank, forward, {H100.name}",
+        f"{tokens} tokens a rank, {direction}, {H100.name}",
         soft_wrap=True,
     )
     load, machine = cases[0]
-    console.print(timeline(load, predict(load, machine)))
-    console.print(sweep_table(cases))
+    phases_of = PREDICTED[direction]
+    console.print(timeline(load, phases_of(load, machine)))
+    console.print(sweep_table(cases, direction))
     uneven = [str(num) for num in ranks if experts % num]
     if uneven:
         console.print(f"{', '.join(uneven)} GPUs: as if experts could be shared evenly")
@@ -84,19 +91,20 @@ def timeline(load: Load, phases: Sequence[Phase]) -> Table:
     return table
 
 
-def sweep_table(cases: Sequence[tuple[Load, Machine]]) -> Table:
+def sweep_table(cases: Sequence[tuple[Load, Machine]], direction: str = "forward") -> Table:
     """Return a line per case: time, teraflops of a GPU, and which part of transfers is hidden."""
     table = Table(title="sweep", title_justify="left")
     for name in ("GPUs", "GB/s", "hot", "us", "TF", "hidden", "longest"):
         table.add_column(name, justify="left" if name == "longest" else "right", no_wrap=True)
     for load, machine in cases:
-        phases = predict(load, machine)
+        phases = PREDICTED[direction](load, machine)
         total, moving = total_us(phases), sum(phase.transfer_us for phase in phases)
+        flops = load.flops * (2 if direction == "backward" else 1)
         longest = max(phases, key=lambda phase: phase.us)
         fastest = max(rate for _, rate in machine.pull_gb)
         table.add_row(
             str(load.ranks), f"{fastest:.0f}", f"{load.hot:g}", f"{total:.0f}",
-            f"{load.flops / load.ranks / total / 1e6:.0f}",
+            f"{flops / load.ranks / total / 1e6:.0f}",
             f"{100 * overlap(phases):.0f} %" if moving else "-",
             f"{longest.name} ({longest.bound})",
         )  # fmt: skip

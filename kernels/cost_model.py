@@ -17,7 +17,7 @@ skew, the busiest rank is what is predicted.
 
 Top-k and transfers of `H100` were measured apart, its other numbers are fitted to measured
 layers; `benchmarks/cost_model.py` says how far off the model is on them, and on layers that were
-left out of the fit. Backwards are not predicted.
+left out of the fit. `backward_cost` predicts the other direction.
 
 Legend: T tokens of a rank, A experts per token, S = T*A slots, P ranks, E experts of all ranks, H
 model dim, I expert intermediate dim.
@@ -30,7 +30,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from comet_compile.kernels.plan import Device, GemmTiles, choose_plan
+from comet_compile.kernels.plan import Device, GemmTiles, Plan, choose_plan
 
 _STEP_K = 64
 USUAL_FETCHERS = 24
@@ -46,6 +46,10 @@ class Machine:
     """Teraflops of one multiprocessor in full tiles whose rows come by index (layer0)."""
     row_gemm_tf: float
     """The same where rows lie in order (layer1)."""
+    hidden_gemm_tf: float
+    """The same of the hidden rows' gradients, whose bytes come on top (`backward_cost`)."""
+    weight_gemm_tf: float
+    """The same of the matrices' gradients."""
     memory_tb: float
     """TB/s of streaming."""
     hide: float
@@ -84,6 +88,8 @@ H100 = Machine(
     Device(132, 232448, (9, 0), "NVIDIA H100 80GB HBM3"),
     gemm_tf=5.48,
     row_gemm_tf=6.0,
+    hidden_gemm_tf=5.6,
+    weight_gemm_tf=5.5,
     memory_tb=2.71,
     hide=0.398,
     topk_us=19.0,
@@ -125,6 +131,19 @@ class Load:
         return max(even, share + others) if self.hot > 1 else even
 
     @property
+    def busy_experts(self) -> float:
+        """Experts of the busiest rank that have tokens: of few slots, some get none."""
+        own = self.experts / self.ranks
+        return own * (1 - (1 - 1 / own) ** self.busiest_rows) if own > 1 else 1.0
+
+    @property
+    def moved_bytes(self) -> float:
+        """Of the tokens that a rank has from others, or sends back: a token crosses to a rank once,
+        however many of its experts live there."""
+        reached = 1 - (1 - 1 / self.ranks) ** self.top_k
+        return (sum(self.tokens) - min(self.tokens)) * reached * 2 * self.hidden
+
+    @property
     def flops(self) -> float:
         """Of all ranks, forward: ``6*T*A*H*I`` of all tokens."""
         return 6.0 * sum(self.tokens) * self.top_k * self.hidden * self.inter
@@ -137,7 +156,7 @@ class Phase:
     name: str
     us: float
     bound: str
-    """"products", "memory", "link" or "latency": what would have to be faster."""
+    """What would have to be faster: "products", "memory", "link" or "latency"."""
     transfer_us: float = 0.0
     """How long the links are busy meanwhile."""
     exposed_us: float = 0.0
@@ -148,20 +167,9 @@ def predict(load: Load, machine: Machine, num_fetchers: int = USUAL_FETCHERS) ->
     """Return the phases of a forward on the busiest rank, in order."""
     most, ranks, bandwidth = max(load.tokens), load.ranks, machine.memory_tb * 1e6
     rows = load.busiest_rows
-    own_experts = load.experts / ranks
-    # of few slots, some experts get none
-    busy = own_experts * (1 - (1 - 1 / own_experts) ** rows) if own_experts > 1 else 1.0
-    plan = choose_plan(
-        max(1, round(most * load.top_k)),
-        max(1, round(own_experts)),
-        load.hidden,
-        load.inter,
-        gated=True,
-        interleaved=False,
-        device=machine.device,
-    )
-    layer0 = _gemm(plan.layer0, rows, busy, load.hidden, load.inter, 2, machine.gemm_tf, machine)
-    layer1 = _gemm(
+    busy, plan = load.busy_experts, plan_of(load, machine)
+    layer0 = gemm_us(plan.layer0, rows, busy, load.hidden, load.inter, 2, machine.gemm_tf, machine)
+    layer1 = gemm_us(
         plan.layer1, rows, busy, load.inter, load.hidden, 1, machine.row_gemm_tf, machine
     )
     topk = machine.topk_us + most * load.experts * machine.topk_element_ns * 1e-3
@@ -177,21 +185,14 @@ def predict(load: Load, machine: Machine, num_fetchers: int = USUAL_FETCHERS) ->
             Phase("layer1", *layer1),
             Phase("sums", sums, "memory"),
         ]
-    slots = ranks * most * load.top_k
     publish = 5 + 2 * most * row_bytes / bandwidth
-    tables = (
-        machine.fixed_us + machine.sync_us + 2 + slots * 0.135e-3 + 3 + slots / plan.block_m * 0.02
-    )
-    # a token crosses to a rank once, however many of its experts live there
-    reached = 1 - (1 - 1 / ranks) ** load.top_k
-    peers = sum(load.tokens) - min(load.tokens)
-    moved = peers * reached * row_bytes
-    pull = moved / (_rate(machine.pull_gb, num_fetchers) * 1e3)
+    moved = load.moved_bytes
+    pull = moved / (rate_at(machine.pull_gb, num_fetchers) * 1e3)
     # tiles go in the order in which tokens come, so all but the last rank's hide the fetching
     last_part = most / max(1, sum(load.tokens))
     waited = max(0.0, pull - (1 - last_part) * layer0[0])
     lost = pull * num_fetchers / machine.device.num_sms + waited
-    push = moved / (_rate(machine.push_gb, machine.device.num_sms) * 1e3)
+    push = moved / (rate_at(machine.push_gb, machine.device.num_sms) * 1e3)
     reduced = rows * (ranks - 1) / ranks * row_bytes / bandwidth
     sending = max(reduced, push)
     own_sums = most * (load.top_k / ranks + ranks) * row_bytes / bandwidth
@@ -200,11 +201,30 @@ def predict(load: Load, machine: Machine, num_fetchers: int = USUAL_FETCHERS) ->
     return [
         *phases,
         Phase("publish", publish, "memory"),
-        Phase("tables", tables, "latency"),
+        Phase("tables", exchange_tables_us(load, machine, plan), "latency"),
         Phase("layer0 + fetch", layer0[0] + lost, bound0, pull, lost),
         Phase("layer1 + send", layer1[0] + sending, bound1, push, sending),
         Phase("sums", own_sums, "memory"),
     ]
+
+
+def plan_of(load: Load, machine: Machine) -> Plan:
+    """Return the rule's plan of a rank."""
+    return choose_plan(
+        max(1, round(max(load.tokens) * load.top_k)),
+        max(1, round(load.experts / load.ranks)),
+        load.hidden,
+        load.inter,
+        gated=True,
+        interleaved=False,
+        device=machine.device,
+    )
+
+
+def exchange_tables_us(load: Load, machine: Machine, plan: Plan) -> float:
+    """Return microseconds of the routing's way between ranks and the tables made from it."""
+    slots = load.ranks * max(load.tokens) * load.top_k
+    return machine.fixed_us + machine.sync_us + 5 + slots * 0.135e-3 + slots / plan.block_m * 0.02
 
 
 _FETCHERS = (8, 12, 16, 24, 32, 48, 64)
@@ -246,7 +266,7 @@ def overlap(phases: Sequence[Phase]) -> float:
     return 1 - shown / moving if moving else 1.0
 
 
-def _gemm(
+def gemm_us(
     tiles: GemmTiles,
     rows: float,
     busy: float,
@@ -271,7 +291,7 @@ def _gemm(
     return longer + machine.hide * shorter, "products" if products > memory else "memory"
 
 
-def _rate(table: tuple[tuple[int, float], ...], ctas: int) -> float:
+def rate_at(table: tuple[tuple[int, float], ...], ctas: int) -> float:
     """Interpolate GB/s at a number of CTAs; below the first entry in proportion to them."""
     first, rate = table[0]
     if ctas <= first:

@@ -18,6 +18,7 @@ once. Ranks of a group use tables only if all of them have the same (`digest`, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -137,7 +138,11 @@ def tables(device: Device) -> tuple[Table, ...]:
 @functools.cache
 def _read_all(device: Device, named: str) -> tuple[Table, ...]:
     paths = [Path(named)] if named else []
-    paths += [path for path in (cached_file(device), shipped_file(device)) if path.exists()]
+    kept = [shipped_file(device)]
+    # a machine without network may have the package without what it depends on
+    with contextlib.suppress(ImportError):
+        kept.insert(0, cached_file(device))
+    paths += [path for path in kept if path.exists()]
     found = []
     for path in paths:
         try:

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from comet_compile.cli import main
+from comet_compile.kernels.backward_cost import predict_backward
 from comet_compile.kernels.cost_model import (
     H100,
     USUAL_FETCHERS,
@@ -60,6 +61,17 @@ def test_the_measured_layers_are_predicted(checked: Any) -> None:
         assert abs(checked.error(H100, row)) < 0.06, row.case
 
 
+def test_the_measured_backwards_are_predicted(checked: Any) -> None:
+    layers = checked.measured_backwards()
+    assert {row.load.ranks for row in layers} == {1, 2}
+    for row in layers:
+        assert abs(checked.error(H100, row)) < 0.1, row.case
+    errors = [abs(checked.error(H100, row)) for row in checked.measured_backward_kernels()]
+    assert len(errors) == 48
+    assert statistics.median(errors) < 0.08
+    assert max(errors) < 0.3
+
+
 def test_skew_that_the_fit_has_seen_nothing_of(checked: Any) -> None:
     rows = [row for row in checked.measured() if row.load.hot == 1 and min(row.load.tokens)]
     machine = checked.fit(rows)
@@ -70,9 +82,9 @@ def test_skew_that_the_fit_has_seen_nothing_of(checked: Any) -> None:
 
 
 def test_the_numbers_are_those_that_fit(checked: Any) -> None:
-    fitted = checked.fit(checked.measured())
-    for field in checked.FITTED:
-        assert getattr(H100, field) == pytest.approx(getattr(fitted, field), rel=0.01), field
+    fitted = checked.fit_backward(checked.fit(checked.measured()))
+    for field in (*checked.FITTED, *checked.FITTED_BACKWARD):
+        assert getattr(H100, field) == pytest.approx(getattr(fitted, field), rel=0.02), field
 
 
 def test_the_pages_are_what_model_and_files_say(checked: Any) -> None:
@@ -107,6 +119,14 @@ def test_faster_links_are_never_slower_and_hide_more() -> None:
     times = [total_us(phases) for phases in found]
     assert times == sorted(times, reverse=True)
     assert overlap(found[0]) < overlap(found[-1])
+
+
+def test_a_backward_takes_about_twice_a_forward() -> None:
+    for ranks in (1, 2, 8):
+        load = dataclasses.replace(QWEN3, tokens=(8192,) * ranks)
+        ratio = total_us(predict_backward(load, H100)) / total_us(predict(load, H100))
+        assert 1.5 < ratio < 3
+        assert all(phase.us > 0 for phase in predict_backward(load, H100))
 
 
 @pytest.mark.parametrize("shape", ["even", "hot", "empty"])
@@ -178,6 +198,13 @@ def test_the_command_says_that_it_predicts() -> None:
     assert result.output.startswith("predicted, not measured: 128 experts of 2048 x 768, top-8")
     assert "layer0 + fetch" in result.output
     assert "72 GPUs: as if experts could be shared evenly" in result.output
+
+
+def test_the_command_predicts_the_backward_too() -> None:
+    result = simulate("--shapes", "2048x768x128x8", "--ranks", "2", "--direction", "backward")
+    assert result.exit_code == 0, result.output
+    assert "8192 tokens a rank, backward, H100" in result.output
+    assert "hidden rows" in result.output
 
 
 def test_the_command_takes_a_hugging_face_config() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,6 +144,15 @@ def test_a_named_file_that_is_not_there(home: Path, monkeypatch: pytest.MonkeyPa
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         assert tuned.apply(PLAN, SHAPE, H100) == PLAN
+
+
+def test_without_platformdirs_there_is_no_cache(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tuned.cached_file(H100), document())
+    write(home / "shipped.json", document({"layer0.group_m": 2}))
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert tuned.apply(PLAN, SHAPE, H100).layer0.group_m == 2
 
 
 @pytest.mark.parametrize(
