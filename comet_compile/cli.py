@@ -173,7 +173,7 @@ def tune(
         jobs = tuner.jobs_for(sizes, tokens, ep, direction or tuner.DIRECTIONS, gated=not ungated)
         group = tuner.join_ranks(ep)
         shown(jobs, group, out, again=again)
-    except (CometError, OSError) as error:
+    except (CometError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         raise click.ClickException(

@@ -124,12 +124,15 @@ def tune(
     jobs: Sequence[Job],
     group: Any,
     path: Path,
+    device: Device,
     *,
     again: bool = False,
     progress: Progress | None = None,
-    make_search: Callable[[Job, Any], Search] | None = None,
+    make_search: Callable[[Job, Any, Device], Search] | None = None,
 ) -> list[Search]:
     """Search every job and write what was found to `path`; return the searches.
+
+    `make_search`: how to measure; by default a layer of random weights is run on `device`.
 
     Jobs that the file has finished are passed over, unless `again`; those it has begun go on from
     what they had. KeyboardInterrupt is raised again, once what was found so far is written.
@@ -137,7 +140,6 @@ def tune(
     progress = progress or Progress()
     make = make_search or _make_search
     is_writer = group is None or group.rank() == 0
-    device = this_device() if make_search is None else make_search(jobs[0], group).device
     known = _known(path, device, group)
     done = []
     for number, job in enumerate(jobs, 1):
@@ -145,7 +147,7 @@ def tune(
         if before is not None and before["complete"]:
             continue
         progress.start(number, len(jobs), job)
-        search = make(job, group)
+        search = make(job, group, device)
         if before is not None:
             search.best = _frozen(before["changes"])
         complete = False
@@ -160,12 +162,10 @@ def tune(
     return done
 
 
-def _make_search(job: Job, group: Any) -> Search:
+def _make_search(job: Job, group: Any, device: Device) -> Search:
     torch.cuda.empty_cache()
     layer = make_layer(job.size, group, backward=job.direction == "backward")
-    return Search(
-        job.shape, job.direction, layer.plan, this_device(), lambda plans: measure(layer, plans)
-    )
+    return Search(job.shape, job.direction, layer.plan, device, lambda plans: measure(layer, plans))
 
 
 def this_device() -> Device:

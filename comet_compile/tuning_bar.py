@@ -27,10 +27,11 @@ __all__ = ["found_table", "shown"]
 
 def shown(jobs: Sequence[Job], group: Any, out: Path | None, *, again: bool) -> None:
     """Tune `jobs`, showing on rank 0 how it goes on, and print what was found."""
-    path = out or tuned.cached_file(this_device())
+    device = this_device()
+    path = out or tuned.cached_file(device)
     console = Console(quiet=group is not None and group.rank() != 0)
     with _bar(console) as progress:
-        searches = tune(jobs, group, path, again=again, progress=progress)
+        searches = tune(jobs, group, path, device, again=again, progress=progress)
     passed = len(jobs) - len(searches)
     if passed:
         console.print(f"{passed} of {len(jobs)} were there already (--again tunes them anew)")

@@ -140,7 +140,8 @@ def tune(table: Path, clock: Clock, jobs: Sequence[Job] = (FORWARD,), **options:
         jobs,
         None,
         table,
-        make_search=lambda job, group: search_of(clock, job),
+        H100,
+        make_search=lambda job, group, device: search_of(clock, job),
         **options,
     )
 
@@ -189,7 +190,8 @@ def test_an_interrupted_search_keeps_its_best_and_is_gone_on_with(table: Path) -
         (FORWARD,),
         None,
         table,
-        make_search=lambda job, group: search_of(likes_groups, job, measured=measured),
+        H100,
+        make_search=lambda job, group, device: search_of(likes_groups, job, measured=measured),
     )
     assert measured[0].layer0.group_m == 32, "it starts from what was found"
     assert entries(table)["forward"]["complete"] is True
@@ -309,9 +311,10 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The command as on a GPU, with the made-up clock; returns the cache directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuner, "join_ranks", lambda ranks: None)
-    monkeypatch.setattr(tuner, "this_device", lambda: H100)
     monkeypatch.setattr(tuning_bar, "this_device", lambda: H100)
-    monkeypatch.setattr(tuner, "_make_search", lambda job, group: search_of(likes_groups, job))
+    monkeypatch.setattr(
+        tuner, "_make_search", lambda job, group, device: search_of(likes_groups, job)
+    )
     return tmp_path
 
 
@@ -331,7 +334,7 @@ def test_ctrl_c(command: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(plan: Any) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuner, "_make_search", lambda job, group: search_of(stop, job))
+    monkeypatch.setattr(tuner, "_make_search", lambda job, group, device: search_of(stop, job))
     result = comet("--shapes", "2048x768x128x8", "--out", str(command / "mine.json"))
     assert result.exit_code == 1
     assert "the same command goes on with the rest" in result.output
