@@ -216,6 +216,11 @@ def tune(
     help="Speed of the links in multiples of an H100's: 0.44 for an H800. May be repeated.",
 )
 @click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write what every CTA does, by the first combination, to this file, for Perfetto.",
+)
+@click.option(
     "--direction",
     type=click.Choice(("forward", "backward")),
     default="forward",
@@ -236,6 +241,7 @@ def simulate(
     ranks: tuple[int, ...],
     link: tuple[float, ...],
     hot: tuple[float, ...],
+    trace: Path | None,
     direction: str,
 ) -> None:
     """Predict a layer between H100s: its phases, what bounds them, what is hidden.
@@ -252,8 +258,8 @@ def simulate(
         from comet_compile.simulated import shown
 
         sizes = parse_sizes(shapes) if shapes else sizes_of_config(load_config(str(model)))
-        shown(sizes, tokens, ranks, link, hot, direction)
-    except CometError as error:
+        shown(sizes, tokens, ranks, link, hot, direction, trace)
+    except (CometError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 

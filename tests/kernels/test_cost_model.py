@@ -61,6 +61,14 @@ def test_the_measured_layers_are_predicted(checked: Any) -> None:
         assert abs(checked.error(H100, row)) < 0.06, row.case
 
 
+def test_the_schedule_played_through_is_near_what_was_measured(checked: Any) -> None:
+    rows = [row for row in checked.measured() if row.load.ranks > 1]
+    errors = [abs(checked.played_error(row)) for row in rows]
+    assert len(errors) == 10
+    assert statistics.median(errors) < 0.07
+    assert max(errors) < 0.12
+
+
 def test_the_measured_backwards_are_predicted(checked: Any) -> None:
     layers = checked.measured_backwards()
     assert {row.load.ranks for row in layers} == {1, 2}
