@@ -153,7 +153,19 @@ def _compiler(environ: Mapping[str, str]) -> list[Fact]:
         registered,
         Fact("compiler", "Inductor cache", inductor),
         Fact("compiler", "Triton cache", triton),
+        _tuned_plans(),
     ]
+
+
+def _tuned_plans() -> Fact:
+    from comet_compile.tuned_folder import tuned_folder
+
+    try:
+        folder = tuned_folder()
+    except ImportError:
+        return Fact("compiler", "tuned plans", "platformdirs not found, so none are kept", "note")
+    files = sorted(path.name for path in folder.glob("*.json"))
+    return Fact("compiler", "tuned plans", f"{folder}: {', '.join(files) or 'none'}")
 
 
 def _environment(environ: Mapping[str, str]) -> list[Fact]:

@@ -35,6 +35,7 @@ import triton
 from comet_compile.errors import CometWarning
 from comet_compile.kernels.plan import Device, Plan
 from comet_compile.kernels.plan_changes import PlanChangeError, change
+from comet_compile.tuned_folder import tuned_folder
 
 FORMAT = 1
 TRITON = triton.__version__
@@ -154,9 +155,7 @@ def _read_all(device: Device, named: str) -> tuple[Table, ...]:
 
 def cached_file(device: Device) -> Path:
     """Return where this user's table of a device is, or would be."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("comet_compile") / "tuned" / _file_name(device)
+    return tuned_folder() / _file_name(device)
 
 
 def shipped_file(device: Device) -> Path:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 # A layer may import its own and those in front of it.
 LAYERS = ("base", "kernels", "passes", "door")
-BASE = {"_version", "config", "errors", "records"}
+BASE = {"_version", "config", "errors", "records", "tuned_folder"}
 FORBIDDEN = {
     "base": ("torch", "triton"),
     "kernels": ("torch._inductor", "comet_compile.passes"),
