@@ -77,7 +77,7 @@ def choose_path(
     on_one_machine = _on_one_machine() if form == "all_to_all" else True
     plan = {**gemms.as_dict(), "form": form}
     if form == "all_to_all":
-        plan["source"] = "rule, or a table that all ranks have"
+        plan["source"] = "planned by rule, or by a table that all ranks have"
     return Choice(True, on_one_machine is not True, on_one_machine is not False, plan)
 
 

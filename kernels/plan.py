@@ -71,7 +71,7 @@ class Plan:
     # the backward brings tokens and gradients into the experts' order once, in front of its GEMMs
     gathers: bool
     # what chose it: the rules below, the cost model, or a table that was measured (`tuned`)
-    source: str = "rule"
+    source: str = "planned by rule"
 
     @property
     def block_m(self) -> int:

@@ -113,7 +113,7 @@ def apply(plan: Any, shape: Shape, device: Device) -> Any:
         except PlanChangeError as error:
             _warn(f"{table.path}: what it says of {shape} is not used: {error}")
             continue
-        source = f"tuned, {table.path}"
+        source = f"planned by {table.path}"
         if isinstance(found, Plan):
             return dataclasses.replace(found, source=source)
         return dataclasses.replace(found, gemms=dataclasses.replace(found.gemms, source=source))

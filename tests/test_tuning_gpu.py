@@ -68,7 +68,7 @@ def test_the_command_tunes_and_a_call_takes_what_it_found(
     layer = make_layer(SIZE, None, backward=False)
     shape = tuned.Shape(**document["entries"][0]["shape"])
     plan = tuned.apply(layer.plan, shape, read_device(torch.cuda.current_device()))
-    assert plan.source == f"tuned, {path}"
+    assert plan.source == f"planned by {path}"
     assert plan.layer0.group_m == 4
     layer.run(plan)
     torch.cuda.synchronize()

@@ -287,10 +287,10 @@ def test_ranks_use_tuned_plans_if_all_have_the_same(folder: str, all_have_it: bo
     ):
         assert max(errors) < 2e-3
         if all_have_it:
-            assert (sources, groups) == ({f"tuned, {folder}/table-{rank}.json"}, {1})
+            assert (sources, groups) == ({f"planned by {folder}/table-{rank}.json"}, {1})
             assert said == []
         else:
-            assert (sources, groups) == ({"rule"}, {2})
+            assert (sources, groups) == ({"planned by rule"}, {2})
             assert [("group ranks [1] have other tuned plans" in text) for text in said] == (
                 [True] if rank == 0 else []
             )

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from comet_compile.cli import main
+from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.backward_cost import predict_backward
 from comet_compile.kernels.cost_model import (
     H100,
@@ -26,6 +28,7 @@ from comet_compile.kernels.cost_model import (
     predict,
     total_us,
 )
+from comet_compile.kernels.experts import ExpertParams, LayerMath
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QWEN3 = Load(2048, 768, 128, 8, (8192, 8192))
@@ -185,6 +188,25 @@ def test_more_ranks_or_slower_links_get_the_split_that_is_predicted_best() -> No
     best = total_us(predict(wide, H100, chosen))
     for num in range(4, 67):
         assert best <= 1.02 * total_us(predict(wide, H100, num)), num
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_plan_takes_the_split_and_says_so(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="plans of exchanges need Triton")
+    from comet_compile.kernels import exchange_plan
+
+    monkeypatch.setenv("COMET_TUNED", "0")
+    monkeypatch.setattr(exchange_plan, "read_device", lambda index: H100.device)
+    w_in = torch.empty(128 // ranks, 1536, 2048, dtype=torch.bfloat16, device="meta")
+    w_out = torch.empty(128 // ranks, 2048, 768, dtype=torch.bfloat16, device="meta")
+    params = ExpertParams(w_in.transpose(1, 2), None, w_out.transpose(1, 2))
+    arithmetic = LayerMath(Activation.parse("silu_glu"), "after", torch.float32)
+    plan = exchange_plan.plan_exchange(params, arithmetic, 8, 8192, ranks, 0)
+    if ranks == 2:
+        assert (plan.num_fetchers, plan.gemms.source) == (USUAL_FETCHERS, "planned by rule")
+    else:
+        assert plan.num_fetchers > USUAL_FETCHERS
+        assert plan.as_dict()["source"] == "planned by the cost model"
 
 
 def test_what_is_not_known_is_not_predicted() -> None:

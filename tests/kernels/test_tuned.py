@@ -64,7 +64,7 @@ def test_buckets() -> None:
 
 def test_without_a_table_the_plan_is_the_rules(home: Path) -> None:
     assert tuned.apply(PLAN, SHAPE, H100) == PLAN
-    assert PLAN.as_dict()["source"] == "rule"
+    assert PLAN.as_dict()["source"] == "planned by rule"
 
 
 def test_a_table_changes_the_plan_and_is_named(home: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_table_changes_the_plan_and_is_named(home: Path) -> None:
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     found = tuned.apply(PLAN, SHAPE, H100)
     assert found.layer0 == dataclasses.replace(PLAN.layer0, group_m=16)
-    assert found.as_dict()["source"] == f"tuned, {path}"
-    assert tuned.apply(EXCHANGE, SHAPE, H100).as_dict()["source"] == f"tuned, {path}"
+    assert found.as_dict()["source"] == f"planned by {path}"
+    assert tuned.apply(EXCHANGE, SHAPE, H100).as_dict()["source"] == f"planned by {path}"
 
 
 def test_other_shapes_keep_theirs(home: Path) -> None:
