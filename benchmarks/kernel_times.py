@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from moe_layer import load_package
 
-from comet_compile.tuning_layer import LayerSize, TunedLayer, make_layer
+from comet_compile.tuning_layer import LayerSize, TunedLayer, make_layer, slowest, time_us
 
 load_package()
 from moe_bench.runner import git_commit, versions  # type: ignore[import-not-found]  # noqa: E402
@@ -67,15 +67,7 @@ def kernel_times(layer: TunedLayer, plan: Any, repeats: int) -> dict[str, float]
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(repeats):
-            if dist.is_initialized():
-                dist.barrier()
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            layer.run(plan)
-            end.record()
-            torch.cuda.synchronize()
-            calls.append(1e3 * begin.elapsed_time(end))
+            calls.append(time_us(layer, plan))
     times = defaultdict(list)
     for event in sorted(profile.events(), key=lambda event: event.time_range.start):
         if event.name.endswith("_kernel"):
@@ -88,15 +80,6 @@ def kernel_times(layer: TunedLayer, plan: Any, repeats: int) -> dict[str, float]
             suffix = f"#{place + 1}" if launches > 1 else ""
             found[name + suffix] = round(statistics.median(values[place::launches]), 1)
     return {**found, "total": round(slowest(statistics.median(calls)), 1)}
-
-
-def slowest(value: float) -> float:
-    """Return the largest of all ranks' values."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, device="cuda")
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
 
 
 def main() -> int:

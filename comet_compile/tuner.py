@@ -149,7 +149,7 @@ def tune(
         progress.start(number, len(jobs), job)
         search = make(job, group, device)
         if before is not None:
-            search.best = _frozen(before["changes"])
+            search.best = tuned.changes_of(before)
         complete = False
         try:
             search.run(progress.step)
@@ -179,7 +179,3 @@ def _known(path: Path, device: Device, group: Any) -> dict[tuple[str, Shape], di
     if group is not None:
         dist.broadcast_object_list(read, src=0, group=group)
     return {(entry["direction"], Shape(**entry["shape"])): entry for entry in read[0]}
-
-
-def _frozen(changes: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}

@@ -122,19 +122,24 @@ def measure(layer: TunedLayer, plans: Sequence[Any], repeats: int = _REPEATS) ->
         for plan, is_able, samples in zip(plans, able, times, strict=True):
             if not is_able:
                 continue
-            if dist.is_initialized():
-                dist.barrier()
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            layer.run(plan)
-            end.record()
-            torch.cuda.synchronize()
-            samples.append(1e3 * begin.elapsed_time(end))
+            samples.append(time_us(layer, plan))
     return [
-        _slowest(statistics.median(samples)) if is_able else math.inf
+        slowest(statistics.median(samples)) if is_able else math.inf
         for is_able, samples in zip(able, times, strict=True)
     ]
+
+
+def time_us(layer: TunedLayer, plan: Any) -> float:
+    """Return the microseconds of one run on an idle device, which all ranks begin together."""
+    if dist.is_initialized():
+        dist.barrier()
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    layer.run(plan)
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * begin.elapsed_time(end)
 
 
 def _agrees(layer: TunedLayer, plan: Any, wanted: Sequence[Tensor | None]) -> bool:
@@ -151,10 +156,10 @@ def _agrees(layer: TunedLayer, plan: Any, wanted: Sequence[Tensor | None]) -> bo
         if got is not None and want is not None:
             error = (got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30)
             worst = max(worst, float(error.nan_to_num(nan=math.inf)))
-    return _slowest(worst) < _SAME
+    return slowest(worst) < _SAME
 
 
-def _slowest(value: float) -> float:
+def slowest(value: float) -> float:
     """Return the largest of all ranks' values, so that all ranks draw one conclusion."""
     if not dist.is_initialized():
         return value

@@ -13,8 +13,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from comet_compile.kernels.plan import Device, GemmTiles, Plan, stages_that_fit
-from comet_compile.kernels.plan_changes import PlanChangeError, change
+from comet_compile.kernels.plan import Device, GemmTiles, Plan, choose_stages, columns_of
+from comet_compile.kernels.plan_changes import TILE_FIELDS, PlanChangeError, change
 from comet_compile.kernels.tuned import Shape
 
 MIN_GAIN = 0.01
@@ -24,17 +24,8 @@ MAX_MORE_WORK = 1.25
 Measure = Callable[[Sequence[Any]], list[float]]
 """Microseconds of plans, measured in turns; inf for one that cannot run or computes otherwise."""
 
-_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "forward": {
-        "layer0": ("block_n", "num_stages", "group_m", "paced"),
-        "layer1": ("block_n", "num_stages", "group_m", "flat"),
-    },
-    "backward": {
-        "grad_hidden": ("block_n", "num_stages", "group_m", "paced"),
-        "grad_weight": ("num_stages", "store_n"),
-        # the gradients of tokens are multiplied as in layer1, whose tiles are the forward's
-    },
-}
+# The gradients of tokens are multiplied as in layer1, whose tiles are the forward's.
+_GEMMS = {"forward": ("layer0", "layer1"), "backward": ("grad_hidden", "grad_weight")}
 
 
 @dataclasses.dataclass
@@ -79,9 +70,9 @@ class Search:
         room for."""
         plan = self._best_plan()
         gemms: Plan = plan if isinstance(plan, Plan) else plan.gemms
-        for gemm, fields in _FIELDS[self.direction].items():
+        for gemm in _GEMMS[self.direction]:
             tiles = getattr(gemms, gemm)
-            for field in fields:
+            for field in TILE_FIELDS[gemm]:
                 for value in _neighbours(tiles, field):
                     found = {**self.best, f"{gemm}.{field}": value}
                     if field in ("block_n", "store_n"):
@@ -112,11 +103,9 @@ class Search:
             self.measured_rule = self.measured_rule or then
 
     def _stages(self, gemm: str, tiles: GemmTiles, field: str, value: int) -> int:
-        columns = 2 if gemm == "layer0" and self.shape.gated else 1
-        change_of: dict[str, Any] = {field: value}
-        other = dataclasses.replace(tiles, **change_of)
-        fit = stages_that_fit(other, columns * other.block_n, self.device)
-        return max(2, min(4 if other.block_m >= 64 else 6, fit))
+        changes: dict[str, Any] = {field: value}
+        other = dataclasses.replace(tiles, **changes)
+        return choose_stages(other, columns_of(gemm, other, self.shape.gated), self.device)
 
     def _best_plan(self) -> Any:
         plan = self._changed(self.best)
@@ -133,7 +122,7 @@ class Search:
         gemms: Plan = plan if isinstance(plan, Plan) else plan.gemms
         shape, slots = self.shape, self.shape.ranks * self.shape.tokens * self.shape.top_k
         work = 0.0
-        for gemm in _FIELDS[self.direction]:
+        for gemm in _GEMMS[self.direction]:
             columns = shape.inter if gemm in ("layer0", "grad_hidden") else shape.hidden
             if gemm != "grad_weight":
                 rows = slots // shape.ranks

@@ -10,10 +10,9 @@ not hide whole::
     bytes    = (matrices of the experts that have tokens + rows written) / memory bandwidth
 
 Tiles are those of `choose_plan`; an expert's rows end within a tile, so half a tile of each is
-padding. Between ranks, `num_fetchers` CTAs pull the peers' tokens, rank by rank, while the
-others multiply what is there: that costs their share of the multiprocessors for as long as it
-takes. Sums are reduced and pushed once the products are done. With
-skew, the busiest rank is what is predicted.
+padding. Between ranks, `num_fetchers` CTAs pull the peers' tokens, rank by rank, while the others
+multiply what is there: that costs their share of the multiprocessors for as long as it takes. Sums
+are reduced and pushed once the products are done. With skew, the busiest rank is what is predicted.
 
 Top-k and transfers of `H100` were measured apart, its other numbers are fitted to measured
 layers; `benchmarks/cost_model.py` says how far off the model is on them, and on layers that were
@@ -249,8 +248,8 @@ def choose_fetchers(load: Load, machine: Machine, usual: int) -> int:
 
 def machine_of(device: Device) -> Machine | None:
     """Return what is known of a device, None if nothing is."""
-    known = H100.device
-    same = (device.num_sms, device.capability) == (known.num_sms, known.capability)
+    # by its name: an H800 has as many multiprocessors and other links, an H200 other memory
+    same = (device.name, device.num_sms) == (H100.device.name, H100.device.num_sms)
     return H100 if same else None
 
 

@@ -80,10 +80,8 @@ def plan_exchange(
         )
         chosen = cost_model.choose_fetchers(load, machine, num_fetchers)
         if chosen != num_fetchers:
-            num_fetchers, gemms = (
-                chosen,
-                dataclasses.replace(gemms, source="planned by the cost model"),
-            )
+            num_fetchers = chosen
+            gemms = dataclasses.replace(gemms, source="planned by the cost model")
     lead0 = _part(peers_bytes / num_fetchers, flops / device.num_sms)
     # own tiles for about two rounds: nobody then waits for the last of the others
     num_jobs = capacity * top_k // gemms.block_m * div_up(hidden, gemms.layer1.block_n)

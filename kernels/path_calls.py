@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -54,51 +55,16 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 
 @functools.cache
-def fused_backward() -> ModuleType:
-    """The module of that name."""
-    from comet_compile.kernels import fused_backward as module
-
-    return module
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"comet_compile.kernels.{name}")
 
 
-@functools.cache
-def fused_exchange() -> ModuleType:
-    """The module of that name."""
-    from comet_compile.kernels import fused_exchange as module
-
-    return module
-
-
-@functools.cache
-def fused() -> ModuleType:
-    """The module of that name."""
-    from comet_compile.kernels import fused as module
-
-    return module
-
-
-@functools.cache
-def links() -> ModuleType:
-    """The module of that name."""
-    from comet_compile.kernels import links as module
-
-    return module
-
-
-@functools.cache
-def workspaces() -> ModuleType:
-    """The module `workspace`."""
-    from comet_compile.kernels import workspace as module
-
-    return module
-
-
-@functools.cache
-def _recording() -> ModuleType:
-    """The module `recording`."""
-    from comet_compile.kernels import recording as module
-
-    return module
+fused = functools.partial(_module, "fused")
+fused_backward = functools.partial(_module, "fused_backward")
+fused_exchange = functools.partial(_module, "fused_exchange")
+links = functools.partial(_module, "links")
+workspaces = functools.partial(_module, "workspace")
+_recording = functools.partial(_module, "recording")
 
 
 def matrices_of(into: Matrices | None) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ import torch
 # tokens a rank, triton 3.6.0, benchmarks/results/kernels_ep_h100.json).
 _PACED_K = 2048
 # With rows that come by descriptor CTAs drift less: grad_hidden of 256 columns, flat and unpaced,
-# takes 0.62 ms instead of 0.72 (Qwen3-30B, H = 2048), 3.9 instead of 4.5 (Mixtral, 4096; H100, 8192
+# takes 0.62 ms instead of 0.72 (Qwen3-30B, H = 2048), 4.0 instead of 4.5 (Mixtral, 4096; H100, 8192
 # tokens, half the experts, benchmarks/results/kernels_backward_h100.json). DeepSeek-V3's 7168 are
 # too many for that.
 _DRIFTING_K = 4096
@@ -142,7 +142,7 @@ def choose_plan(
     layer1 = dataclasses.replace(layer1, flat=block_m >= 64)
     if gated:
         layer0 = dataclasses.replace(
-            layer0, num_stages=_stages(layer0, columns_of("layer0", layer0, gated), device)
+            layer0, num_stages=choose_stages(layer0, columns_of("layer0", layer0, gated), device)
         )
     # wider, two columns of each would not fit into registers; other devices were not measured
     may_widen = hidden <= _DRIFTING_K and not interleaved and device.capability[0] == 9
@@ -191,12 +191,12 @@ def _grad_weight(layer1: GemmTiles, device: Device) -> GemmTiles:
         flat=False,
     )
     if device.capability[0] != 9:
-        stages = _stages(tiles, tiles.block_n, device)
+        stages = choose_stages(tiles, tiles.block_n, device)
         return dataclasses.replace(tiles, num_stages=min(3, stages))
     # what smaller stores leave of shared memory holds one step more of the next tile; other devices
     # have no registers left to cut a tile in parts
     tiles = dataclasses.replace(tiles, store_n=64)
-    return dataclasses.replace(tiles, num_stages=_stages(tiles, tiles.block_n, device))
+    return dataclasses.replace(tiles, num_stages=choose_stages(tiles, tiles.block_n, device))
 
 
 def _tiles(
@@ -223,10 +223,10 @@ def _tiles(
         group_m=8,
         num_programs=device.num_sms,
     )
-    return dataclasses.replace(tiles, num_stages=_stages(tiles, block_n, device))
+    return dataclasses.replace(tiles, num_stages=choose_stages(tiles, block_n, device))
 
 
-def _stages(tiles: GemmTiles, columns: int, device: Device) -> int:
+def choose_stages(tiles: GemmTiles, columns: int, device: Device) -> int:
     """Return how many steps of the K loop to have in flight: more than these gain nothing."""
     most = 4 if tiles.block_m >= 64 else 6
     return max(2, min(most, stages_that_fit(tiles, columns, device)))

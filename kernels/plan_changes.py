@@ -8,9 +8,14 @@ from typing import Any
 
 from comet_compile.kernels.plan import Device, GemmTiles, Plan, columns_of, stages_that_fit
 
-GEMMS = ("layer0", "layer1", "grad_hidden", "grad_weight")
-# rows of a tile, steps of K and programs are what the tables of a call are laid out for
-TILE_FIELDS = ("block_n", "num_warps", "num_stages", "group_m", "paced", "flat", "store_n")
+# The fields of each GEMM that may change. Rows of a tile and programs are what the tables of a call
+# are laid out for, warps what the tiles' registers are.
+TILE_FIELDS = {
+    "layer0": ("block_n", "num_stages", "group_m", "paced"),
+    "layer1": ("block_n", "num_stages", "group_m", "flat"),
+    "grad_hidden": ("block_n", "num_stages", "group_m", "paced"),
+    "grad_weight": ("num_stages", "store_n"),
+}
 # of an exchange between ranks
 EXCHANGE_FIELDS = ("num_fetchers", "num_senders", "lead")
 
@@ -29,14 +34,14 @@ def change(plan: Any, changes: Mapping[str, Any], *, gated: bool, device: Device
     own: dict[str, Any] = {}
     for name, value in changes.items():
         gemm, _, field = name.partition(".")
-        if gemm in GEMMS and field in TILE_FIELDS:
+        if field in TILE_FIELDS.get(gemm, ()):
             tiles = dataclasses.replace(getattr(gemms, gemm), **{field: value})
             gemms = dataclasses.replace(gemms, **{gemm: tiles})
         elif name in EXCHANGE_FIELDS and plan is not gemms:
             own[name] = value
         else:
             raise PlanChangeError(f"{name!r} is no field that may change")
-    for gemm in GEMMS:
+    for gemm in TILE_FIELDS:
         tiles = getattr(gemms, gemm)
         _check_tiles(gemm, tiles)
         if tiles.num_stages > stages_that_fit(tiles, columns_of(gemm, tiles, gated), device):
@@ -51,7 +56,6 @@ def change(plan: Any, changes: Mapping[str, Any], *, gated: bool, device: Device
 def _check_tiles(gemm: str, tiles: GemmTiles) -> None:
     powers = {
         "block_n": (tiles.block_n, 16, 256),
-        "num_warps": (tiles.num_warps, 1, 16),
         "store_n": (tiles.block_n if tiles.store_n is None else tiles.store_n, 16, 256),
     }
     for field, (value, least, most) in powers.items():

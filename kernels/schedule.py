@@ -6,7 +6,8 @@ order in which the kernels do, each as soon as it is free and its tokens are the
 - layer0: the first `num_fetchers` CTAs fetch, rank by rank (turn by turn). The others begin with
   the tiles that lead, in the order of turns; what is left goes to all, every num_sms-th tile to
   one, once all turns have come.
-- layer1: peers' tiles, then own ones, every num_sms-th to one CTA. A CTA without tiles takes
+- layer1: peers' tiles, then own ones (the kernel mixes all but a last part), every num_sms-th to
+  one CTA. A CTA without tiles takes
   sending tasks, one by one, from when the peers' tiles are done.
 - sums: when all peers have sent.
 
@@ -27,7 +28,6 @@ from comet_compile.kernels.cost_model import (
     USUAL_FETCHERS,
     Load,
     Machine,
-    exchange_tables_us,
     gemm_us,
     plan_of,
     predict,
@@ -84,9 +84,8 @@ def simulate(
     `lead0`: the part of layer0's tiles that lead; by default as many as last while others fetch.
     """
     ranks = range(load.ranks)
-    plan = plan_of(load, machine)
     before = {phase.name: phase.us for phase in predict(load, machine)}
-    ready = before["top-k"] + before["publish"] + exchange_tables_us(load, machine, plan)
+    ready = before["top-k"] + before["publish"] + before["tables"]
     spans = [Span(rank, None, OTHER, "top-k, publish, tables", 0.0, ready) for rank in ranks]
     sent = []
     for rank in ranks:

@@ -91,11 +91,11 @@ class Table:
         changes: dict[Shape, dict[str, Any]] = {}
         for number, entry in enumerate(document["entries"]):
             try:
-                shape = Shape(**entry["shape"])
-                found = {str(name): _frozen(value) for name, value in entry["changes"].items()}
+                # what `comet tune` goes on with must be there too
+                _ = entry["direction"], entry["complete"]
+                changes.setdefault(Shape(**entry["shape"]), {}).update(changes_of(entry))
             except (AttributeError, KeyError, TypeError) as error:
                 raise TableError(f"entry {number} is not as `comet tune` writes it") from error
-            changes.setdefault(shape, {}).update(found)
         return cls(path, changes)
 
 
@@ -130,14 +130,15 @@ def digest(device: Device) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def tables(device: Device) -> tuple[Table, ...]:
-    """Return the tables for a device, in the order in which they are asked."""
-    named = os.environ.get(VARIABLE, "").strip()
-    return () if named.lower() in OFF else _read_all(device, named)
-
-
 @functools.cache
-def _read_all(device: Device, named: str) -> tuple[Table, ...]:
+def tables(device: Device) -> tuple[Table, ...]:
+    """Return the tables for a device, in the order in which they are asked.
+
+    Variable and files are read once: what ranks have agreed on holds as long as they live.
+    """
+    named = os.environ.get(VARIABLE, "").strip()
+    if named.lower() in OFF:
+        return ()
     paths = [Path(named)] if named else []
     kept = [shipped_file(device)]
     # a machine without network may have the package without what it depends on
@@ -206,8 +207,12 @@ def describe(device: Device) -> dict[str, Any]:
     }
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def changes_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes of an entry, as `plan_changes.change` takes them."""
+    return {
+        str(name): tuple(value) if isinstance(value, list) else value
+        for name, value in entry["changes"].items()
+    }
 
 
 def _warn(message: str) -> None:

@@ -160,9 +160,11 @@ def test_what_is_found_is_what_a_plan_then_takes(
     assert entry["complete"] is True
     assert entry["command"].startswith("comet")
     monkeypatch.setenv(tuned.VARIABLE, str(table))
+    tuned.tables.cache_clear()
     plan = tuned.apply(PLAN, FORWARD.shape, H100)
     assert (plan.layer0.group_m, plan.layer1.num_stages) == (32, 2)
     assert plan.source == f"planned by {table}"
+    tuned.tables.cache_clear()
 
 
 def test_a_later_run_tunes_only_what_is_new(table: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_command_tunes_and_a_call_takes_what_it_found(
     document["entries"][0]["changes"]["layer0.group_m"] = 4
     path.write_text(json.dumps(document))
     monkeypatch.setenv(tuned.VARIABLE, str(path))
-    tuned._read_all.cache_clear()
+    tuned.tables.cache_clear()
     layer = make_layer(SIZE, None, backward=False)
     shape = tuned.Shape(**document["entries"][0]["shape"])
     plan = tuned.apply(layer.plan, shape, read_device(torch.cuda.current_device()))

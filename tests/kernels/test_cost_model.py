@@ -95,7 +95,7 @@ def test_skew_that_the_fit_has_seen_nothing_of(checked: Any) -> None:
 def test_the_numbers_are_those_that_fit(checked: Any) -> None:
     fitted = checked.fit_backward(checked.fit(checked.measured()))
     for field in (*checked.FITTED, *checked.FITTED_BACKWARD):
-        assert getattr(H100, field) == pytest.approx(getattr(fitted, field), rel=0.02), field
+        assert getattr(H100, field) == pytest.approx(getattr(fitted, field), rel=0.01), field
 
 
 def test_the_pages_are_what_model_and_files_say(checked: Any) -> None:
@@ -212,7 +212,7 @@ def test_a_plan_takes_the_split_and_says_so(ranks: int, monkeypatch: pytest.Monk
 def test_what_is_not_known_is_not_predicted() -> None:
     assert machine_of(H100.device) is H100
     assert machine_of(dataclasses.replace(H100.device, num_sms=108)) is None
-    assert machine_of(dataclasses.replace(H100.device, capability=(10, 0))) is None
+    assert machine_of(dataclasses.replace(H100.device, name="NVIDIA H800")) is None
 
 
 # -- comet simulate ----------------------------------------------------------------------------

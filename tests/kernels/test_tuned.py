@@ -30,6 +30,7 @@ def document(changes: dict[str, Any] | None = None, **other: Any) -> dict[str, A
     entry = {
         "shape": dataclasses.asdict(SHAPE),
         "direction": "forward",
+        "complete": True,
         "changes": {"layer0.group_m": 16} if changes is None else changes,
     }
     return {
@@ -47,9 +48,9 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "shipped_file", lambda device: tmp_path / "shipped.json")
-    tuned._read_all.cache_clear()
+    tuned.tables.cache_clear()
     yield tmp_path
-    tuned._read_all.cache_clear()
+    tuned.tables.cache_clear()
 
 
 def write(path: Path, content: object) -> Path:
@@ -91,14 +92,16 @@ def test_the_named_file_is_asked_before_the_cached_before_the_shipped(
 ) -> None:
     shipped = write(home / "shipped.json", document({"layer0.group_m": 2}))
     assert tuned.apply(PLAN, SHAPE, H100).layer0.group_m == 2
-    tuned._read_all.cache_clear()
+    tuned.tables.cache_clear()
     write(tuned.cached_file(H100), document({"layer0.group_m": 4}))
     assert tuned.apply(PLAN, SHAPE, H100).layer0.group_m == 4
     named = write(home / "mine.json", document({"layer0.group_m": 32}))
     monkeypatch.setenv(tuned.VARIABLE, str(named))
+    tuned.tables.cache_clear()
     assert tuned.apply(PLAN, SHAPE, H100).layer0.group_m == 32
     for off in tuned.OFF:
         monkeypatch.setenv(tuned.VARIABLE, off)
+        tuned.tables.cache_clear()
         assert tuned.apply(PLAN, SHAPE, H100) == PLAN
     assert shipped.exists()
 
@@ -119,6 +122,18 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no versions": (lambda: document(versions=None), "it was measured with Triton unknown"),
     "a strange entry": (lambda: document(entries=[{"shape": {"rows": 3}}]), "entry 0 is not as"),
+    "an entry without its end": (
+        lambda: document(entries=[{"shape": {}, "changes": {}, "direction": "forward"}]),
+        "entry 0 is not as",
+    ),
+    "a shape of lists": (
+        lambda: document(
+            entries=[
+                {**document()["entries"][0], "shape": {**dataclasses.asdict(SHAPE), "ranks": []}}
+            ]
+        ),
+        "entry 0 is not as",
+    ),
     "an entry that is a list": (lambda: document(entries=[[]]), "entry 0 is not as"),
     "a change that is none": (lambda: document({"layer0.colour": 3}), "'layer0.colour' is no"),
     "too many steps": (lambda: document({"layer0.num_stages": 8}), "do not fit into shared"),
@@ -165,12 +180,15 @@ def test_without_platformdirs_there_is_no_cache(
         (PLAN, {"layer1.block_n": 96}, "powers of 2 from 16 to 256"),
         (PLAN, {"layer1.block_n": 512}, "powers of 2 from 16 to 256"),
         (PLAN, {"layer1.block_n": "128"}, "powers of 2 from 16 to 256"),
-        (PLAN, {"layer1.num_warps": 32}, "powers of 2 from 1 to 16"),
+        (PLAN, {"layer1.num_warps": 4}, "no field that may change"),
+        (PLAN, {"layer0.store_n": 64}, "no field that may change"),
+        (PLAN, {"grad_weight.store_n": 48}, "powers of 2 from 16 to 256"),
         (PLAN, {"layer1.num_stages": 0}, "allowed: 1 to 8"),
         (PLAN, {"layer1.num_stages": True}, "allowed: 1 to 8"),
         (PLAN, {"layer1.group_m": 0}, "allowed: 1 to 64"),
         (PLAN, {"layer1.flat": 1}, "allowed: true and false"),
-        (PLAN, {"layer0.flat": True}, "both paced and flat"),
+        (PLAN, {"layer0.flat": True}, "no field that may change"),
+        (PLAN, {"grad_hidden.paced": True}, "both paced and flat"),
         (EXCHANGE, {"num_fetchers": 0}, "num_fetchers is 0; allowed: 1 to 66"),
         (EXCHANGE, {"num_senders": 132}, "num_senders is 132; allowed: 0 to 66"),
         (EXCHANGE, {"lead": (0.5,)}, "two parts from 0 to 1"),
@@ -196,10 +214,12 @@ def test_changes_of_an_exchange(home: Path) -> None:
 
 def test_both_directions_of_a_shape_are_one_plan(home: Path) -> None:
     entries = document()["entries"]
-    entries.append({**entries[0], "changes": {"grad_weight.group_m": 4}, "direction": "backward"})
+    entries.append(
+        {**entries[0], "changes": {"grad_weight.num_stages": 2}, "direction": "backward"}
+    )
     write(tuned.cached_file(H100), document(entries=entries))
     found = tuned.apply(PLAN, SHAPE, H100)
-    assert (found.layer0.group_m, found.grad_weight.group_m) == (16, 4)
+    assert (found.layer0.group_m, found.grad_weight.num_stages) == (16, 2)
 
 
 def test_a_digest_tells_tables_apart_and_not_where_they_lie(
@@ -207,6 +227,7 @@ def test_a_digest_tells_tables_apart_and_not_where_they_lie(
 ) -> None:
     def digest_of(name: str, content: object) -> str:
         monkeypatch.setenv(tuned.VARIABLE, str(write(home / name, content)))
+        tuned.tables.cache_clear()
         return tuned.digest(H100)
 
     without = tuned.digest(H100)
