@@ -213,7 +213,12 @@ def tuned_main(
         "device": {"name": "", "num_sms": 2, "capability": [9, 0]},
         "versions": {"triton": triton.__version__},
         "entries": [
-            {"shape": {**shape, "tokens": tokens}, "changes": {"layer1.group_m": 1}}
+            {
+                "shape": {**shape, "tokens": tokens},
+                "direction": "forward",
+                "changes": {"layer1.group_m": 1},
+                "complete": True,
+            }
             for tokens in (64, 128)
         ],
     }
