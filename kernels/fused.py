@@ -15,7 +15,7 @@ from comet_compile.kernels import expert_weights, layer0, layer1, tuned
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
 from comet_compile.kernels.portable import Routed
-from comet_compile.kernels.route_tiles import max_tiles, route_tiles
+from comet_compile.kernels.route_tiles import TileRouting, max_tiles, route_tiles
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -97,30 +97,47 @@ def local_forward(
     The saved rows are those of `portable.local_forward`; with stray ids, the last are garbage.
     """
     plan = plan_layer(routed, params, math) if plan is None else plan
+    params = with_dense_biases(params)
+    hidden = compute_hidden(routed, params, math, plan, save=save)
+    rows_RH = layer1.gemm_rows(hidden.h_RI, params.w_out, params.b_out, hidden.routing, plan.layer1)
+    y_TH = layer1.sum_slots(
+        rows_RH,
+        hidden.routing.row_S,
+        hidden.weights_TA if math.weight_place == "after" else None,
+        (routed.ids.shape[0], routed.ids.shape[1]),
+        math.product_dtype,
+        out_dtype,
+    )
+    return y_TH, hidden.saved_SN
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hidden:
+    """What layer0 leaves for layer1; `saved_SN` is [0] if it was not asked for."""
+
+    routing: TileRouting
+    h_RI: Tensor
+    saved_SN: Tensor
+    weights_TA: Tensor | None  # contiguous
+
+
+def compute_hidden(
+    routed: Routed, params: ExpertParams, math: LayerMath, plan: Plan, *, save: bool
+) -> Hidden:
+    """Return the activated rows of the experts of this device; `params` has dense biases."""
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
     weights_TA = None if routed.weights is None else routed.weights.contiguous()
-    params = with_dense_biases(params)
     num_tokens, top_k = routed.ids.shape
     saved = x_TH.new_empty(0)
     if save:
         saved = x_TH.new_empty(num_tokens * top_k, params.in_columns)
-
     num_tiles = max_tiles(routed.ids.numel(), params.num_experts, plan.block_m)
     num_arrivals = plan.layer0.num_arrivals(num_tiles, params.w_out.shape[1])
     routing = route_tiles(routed.ids, params.num_experts, plan.block_m, num_arrivals)
     h_RI = layer0.gather_gemm_act(
         x_TH, weights_TA, routing, params, math, plan.layer0, top_k, saved if save else None
     )
-    rows_RH = layer1.gemm_rows(h_RI, params.w_out, params.b_out, routing, plan.layer1)
-    y_TH = layer1.sum_slots(
-        rows_RH,
-        routing.row_S,
-        weights_TA if math.weight_place == "after" else None,
-        (num_tokens, top_k),
-        math.product_dtype,
-        out_dtype,
-    )
-    return y_TH, saved
+    return Hidden(routing, h_RI, saved, weights_TA)
 
 
 def with_dense_biases(params: ExpertParams) -> ExpertParams:

@@ -192,7 +192,7 @@ def gather_gemm_act_kernel(
 
 
 @triton.jit
-def tile_of(tile, num_m, num_n: tl.constexpr, GROUP_M: tl.constexpr, BN: tl.constexpr):
+def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr, BN: tl.constexpr):
     """Return (row tile, first column) of the tile-th tile in the grouped order."""
     group = tile // (GROUP_M * num_n)
     rows_in_group = tl.minimum(num_m - group * GROUP_M, GROUP_M)

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from comet_compile.kernels import exchange_paths, paths
+from comet_compile.kernels import exchange_paths, paths, replicated_paths
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import ExpertParams, Matrices, Needs
 from comet_compile.kernels.lent_gradients import LOANS
@@ -90,7 +90,6 @@ def _moe_layer(
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
     checked = check_again(layer, activation, weight_place, product_dtype, form, group_name, save)
     routed, params, math, number = layer.routed, layer.params, checked.math, checked.number
-    group = None
     if form != "local":
         facts: dict[str, Any] = {"out_dtype": out_dtype}
         if form != "all_to_all":  # where what is kept is each rank's own affair
@@ -99,8 +98,9 @@ def _moe_layer(
         group, offers = _agreed_group(
             "comet::moe_layer", form, group_name, layer, checked, facts, offer
         )
-        if form == "all_to_all" and group.size() > 1:
-            y, saved = exchange_paths.forward(
+        if group.size() > 1:
+            path = exchange_paths if form == "all_to_all" else replicated_paths
+            y, saved = path.forward(
                 routed, params, math, out_dtype, group, offers, number,
                 save=save == "pre_activation",
             )  # fmt: skip
@@ -108,8 +108,6 @@ def _moe_layer(
     y, saved = paths.local_forward(
         routed, params, math, out_dtype, save=save == "pre_activation", number=number
     )
-    if group is not None and group.size() > 1:
-        dist.all_reduce(y, group=group)
     return y, saved, _token_out(x, form)
 
 

@@ -62,6 +62,7 @@ def _module(name: str) -> ModuleType:
 fused = functools.partial(_module, "fused")
 fused_backward = functools.partial(_module, "fused_backward")
 fused_exchange = functools.partial(_module, "fused_exchange")
+fused_replicated = functools.partial(_module, "fused_replicated")
 links = functools.partial(_module, "links")
 workspaces = functools.partial(_module, "workspace")
 _recording = functools.partial(_module, "recording")

@@ -117,7 +117,7 @@ def local_forward(
 
     `number` is that of `validate.check_again`.
     """
-    plan = _plan_here(routed, params, math, number)
+    plan = plan_here(routed, params, math, number)
     if plan is not None:
         # Triton launches on the current device, wherever the tensors are.
         with on_device(routed.x.device):
@@ -150,7 +150,7 @@ def local_backward(
     What `needs` does not ask for is None; the gradients of matrices are `into` if given, added to.
     `number` is that of `validate.check_again`.
     """
-    plan = _plan_here(routed, params, math, number)
+    plan = plan_here(routed, params, math, number)
     if plan is not None:
         with on_device(grad_y.device):
             grads = replay(
@@ -170,12 +170,12 @@ def why_portable_here(
     routed: Routed, params: ExpertParams, math: LayerMath, number: int
 ) -> str | None:
     """`why_portable` for a real call, looked up where it runs fused."""
-    if _plan_here(routed, params, math, number) is not None:
+    if plan_here(routed, params, math, number) is not None:
         return None
     return why_portable(routed, params, math)
 
 
-def _plan_here(routed: Routed, params: ExpertParams, math: LayerMath, number: int) -> Any | None:
+def plan_here(routed: Routed, params: ExpertParams, math: LayerMath, number: int) -> Any | None:
     """Return the plan of a real call, None if it runs the portable path."""
     if not runs_kernels(routed.x.device):
         return None

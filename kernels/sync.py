@@ -19,12 +19,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-ROUTING_OF_PEER, TOKENS_OF_PEER, PARTS_OF_PEER, OWN_ROWS = 1, 2, 3, 4
+ROUTING_OF_PEER, TOKENS_OF_PEER, PARTS_OF_PEER, OWN_ROWS, ENTRY_OF_PEER, SUMS_OF_OWNER = range(1, 7)
 PHASES = {
     ROUTING_OF_PEER: "dispatch: the tokens and routing of the peer",
     TOKENS_OF_PEER: "layer0: the peer's tokens, fetched by this rank",
     OWN_ROWS: "layer1: this rank's own rows",
     PARTS_OF_PEER: "combine: the peer's sums for this rank's tokens",
+    ENTRY_OF_PEER: "all-reduce: the peer's entry into the call",
+    SUMS_OF_OWNER: "all-reduce: the sums over all ranks of the peer's tokens",
 }
 
 MESSAGE_FIELDS = 4  # phase, peer, epoch, value seen

@@ -61,9 +61,28 @@ class Layout:
         return cls(_FLAGS_BYTES, sums, ids, weights, grads, scores, end)
 
 
+@dataclasses.dataclass(frozen=True)
+class ReduceLayout:
+    """`Layout` for a layer whose tokens all ranks have; O of them are a rank's to add up."""
+
+    parts: int  # [P, O, H], by turn
+    sums: int  # [T, H]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, num_tokens: int, hidden: int, num_ranks: int, itemsize: int) -> ReduceLayout:
+        """Return the offsets for a layer; `itemsize` is that of its result."""
+        owned = -(-num_tokens // num_ranks)
+        sums = _aligned(_FLAGS_BYTES + num_ranks * owned * hidden * itemsize)
+        return cls(_FLAGS_BYTES, sums, _aligned(sums + num_tokens * hidden * itemsize))
+
+
 # In front of the layer's buffers: flags, which must outlive every layout.
 _MAX_RANKS = 64
-_READY, _ARRIVED, _SCORED, _NUM_TOKENS = (4 * _MAX_RANKS * place for place in range(4))
+MAX_COLUMN_BLOCKS = 4  # of an all-reduce, which has flags for each
+_READY, _ARRIVED, _SCORED, _PARTS = (4 * _MAX_RANKS * place for place in range(4))
+_SUMS = _PARTS + 4 * _MAX_RANKS * MAX_COLUMN_BLOCKS
+_NUM_TOKENS = _SUMS + 4 * _MAX_RANKS * MAX_COLUMN_BLOCKS
 _FLAGS_BYTES = _NUM_TOKENS + _ALIGNMENT
 
 
@@ -71,6 +90,7 @@ class Workspace:
     """A symmetric allocation of one group, with the flags and counters of its calls."""
 
     READY, ARRIVED, SCORED, NUM_TOKENS = _READY, _ARRIVED, _SCORED, _NUM_TOKENS
+    PARTS, SUMS = _PARTS, _SUMS
 
     def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
         # NVLink multicast is neither used nor asked for.
@@ -95,12 +115,13 @@ class Workspace:
     def make_counters(self, device: torch.device | str) -> None:
         """Make what this rank alone counts with, all zero.
 
-        `counters` is zeroed again in every call, by its first kernel that waits.
+        `counters` is zeroed again in every all-to-all call, by its first kernel that waits;
+        `reduce_counters` by every call of the other form, when it ends.
         """
-        num_ranks = self.num_ranks
-        every = torch.zeros(5 + 1 + 3 * num_ranks, dtype=torch.int32, device=device)
+        num_ranks, num_reduce = self.num_ranks, 3 * MAX_COLUMN_BLOCKS + 1
+        every = torch.zeros(5 + num_reduce + 1 + 3 * num_ranks, dtype=torch.int32, device=device)
         self.epoch, self.abort, self.published, self.summed, self.scored = every[:5].split(1)
-        self.counters = every[5:]
+        self.reduce_counters, self.counters = every[5 : 5 + num_reduce], every[5 + num_reduce :]
         self.done = self.counters[:1]
         self.fetched, self.tasks, self.sent = self.counters[1:].split(num_ranks)
 

@@ -236,6 +236,65 @@ def tuned_main(
     return errors, {p.source for p in plans}, {p.layer1.group_m for p in plans}, said
 
 
+def replicated_main(rank: int, num_ranks: int, folder: str) -> tuple[list[float], list[int], str]:
+    """Return the errors of replicated layers, the calls of each workspace, and a refusal."""
+    from comet_compile.kernels import fused, fused_replicated, ops  # noqa: F401, ops registers
+    from comet_compile.kernels.refs import moe_layer_ref
+
+    workspace = use_interpreter(rank, folder, can_map=True)
+    here: Any = fused
+    choose = here.choose_plan
+
+    def one_program(*args: Any, **kwargs: Any) -> Any:
+        # programs run one after another, and all of them wait for each other between steps
+        plan = choose(*args, **kwargs)
+        return dataclasses.replace(plan, layer1=dataclasses.replace(plan.layer1, num_programs=1))
+
+    def without_clock(self: Any, *args: Any, **kwargs: Any) -> None:
+        make_call(self, *args, **{**kwargs, "clock": False})
+        self.deadline = 10**9
+
+    here.choose_plan = one_program
+    here = fused_replicated.ReplicatedCall
+    make_call, here.__init__ = here.__init__, without_clock
+    torch.manual_seed(7)  # all ranks have all tokens
+    experts = LOCAL * num_ranks
+    w_in = (torch.randn(experts, 2 * INTER, HIDDEN) * HIDDEN**-0.5).half().transpose(1, 2)
+    w_out = (torch.randn(experts, HIDDEN, INTER) * INTER**-0.5).half().transpose(1, 2)
+    mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
+
+    def run(num_tokens: int) -> float:
+        x = torch.randn(num_tokens, HIDDEN).half()
+        weights, ids = torch.randn(num_tokens, experts).softmax(-1).topk(TOP_K, -1)
+        y, _, _ = torch.ops.comet.moe_layer(
+            x,
+            ids - rank * LOCAL,
+            weights,
+            w_in[mine],
+            None,
+            w_out[mine],
+            *[None] * 4,
+            activation="silu_glu",
+            weight_place="after",
+            product_dtype=torch.float32,
+            out_dtype=torch.float16,
+            form="replicated",
+            group_name=dist.group.WORLD.group_name,
+            save="nothing",
+        )
+        ref = moe_layer_ref(
+            x, ids, weights, w_in, None, w_out, activation="silu_glu", weight_place="after"
+        )
+        return float((y.float() - ref).norm() / ref.norm()) if ref.numel() else 0.0
+
+    errors = [run(num_tokens) for num_tokens in (9, 9, 0, 1, 150, 4)]
+    kept = workspace._workspaces[dist.group.WORLD]
+    epochs = [int(ws.epoch) for ws in kept]
+    with pytest.raises(ValueError, match="tokens; allowed") as caught:
+        run(3 + rank)
+    return errors, epochs, str(caught.value)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     import triton_interpreter
@@ -299,3 +358,11 @@ def test_ranks_use_tuned_plans_if_all_have_the_same(folder: str, all_have_it: bo
             assert [("group ranks [1] have other tuned plans" in text) for text in said] == (
                 [True] if rank == 0 else []
             )
+
+
+def test_replicated_layers_between_two_processes(folder: str) -> None:
+    for errors, epochs, refusal in run_ranks(replicated_main, 2, folder, timeout=240):
+        assert max(errors) < 2e-3
+        # one to try, one for few tokens, one for 150; without tokens nothing is launched
+        assert epochs == [0, 3, 2]
+        assert "have [3, 4] tokens; allowed: the same tokens on every rank" in refusal

@@ -1,8 +1,7 @@
 """Every fused kernel at the shapes of real models, compiled for GPUs that are not there.
 
 A spill, a tile that does not fit into shared memory, or an instruction that one architecture lacks
-shows here without a GPU. The weights are "meta" tensors: the compiler asks for their dtypes, sizes
-and alignment, never for their values, and DeepSeek-V3's take 22 GB a layer.
+shows here without a GPU.
 """
 
 from __future__ import annotations
@@ -11,67 +10,33 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from compiled_models import (
+    DEVICES,
+    MODELS,
+    REGISTERS_BY_KERNEL,
+    TABLES_BYTES,
+    Layer,
+    Model,
+    assert_within,
+    empty,
+    plan_of,
+)
 from cross_compile import Compiled, compiling_for
 from exchange_ranks import LocalWorkspace
 
-from comet_compile.kernels import exchange_call, exchange_plan, fused, fused_backward
-from comet_compile.kernels.activation import Activation
-from comet_compile.kernels.experts import ExpertParams, LayerMath, Matrices, Needs
-from comet_compile.kernels.fused_exchange import BackwardCall
-from comet_compile.kernels.plan import Device, Plan, choose_plan
-from comet_compile.kernels.portable import Routed
-from comet_compile.kernels.workspace import Layout
-
-DEVICES = {
-    80: Device(num_sms=108, shared_bytes=166912, capability=(8, 0)),
-    89: Device(num_sms=128, shared_bytes=101376, capability=(8, 9)),
-    90: Device(num_sms=132, shared_bytes=232448, capability=(9, 0)),
-    100: Device(num_sms=148, shared_bytes=232448, capability=(10, 0)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The sizes of a layer, and how its checkpoint stores the experts."""
-
-    hidden: int
-    inter: int
-    num_experts: int
-    top_k: int
-    activation: str = "silu_glu"
-    k_contiguous: bool = True
-    biases: bool = False
-    weight_place: str = "after"
-    save: bool = False  # the rows in front of the activation
-
-
-GPT_OSS = Model(
-    hidden=2880,
-    inter=2880,
-    num_experts=32,
-    top_k=4,
-    activation="swiglu_oai:interleaved:alpha=1.702:limit=7.0",
-    k_contiguous=False,
-    biases=True,
+from comet_compile.kernels import (
+    exchange_call,
+    exchange_plan,
+    fused,
+    fused_backward,
+    fused_replicated,
 )
-MODELS = {
-    "qwen3_30b": Model(2048, 768, 128, 8),
-    "mixtral": Model(4096, 14336, 8, 2),
-    "deepseek_v3": Model(7168, 2048, 256, 8),
-    "gpt_oss": GPT_OSS,
-    "gpt_oss_training": dataclasses.replace(GPT_OSS, save=True),
-    # the modes of layer0 that none of them uses
-    "halves_n_contiguous": Model(2048, 768, 128, 8, k_contiguous=False, biases=True, save=True),
-    "interleaved_k_contiguous": Model(
-        2048, 768, 128, 8, "silu_glu:interleaved", weight_place="between"
-    ),
-    "plain": Model(2048, 768, 128, 8, "relu2", biases=True, weight_place="before", save=True),
-    "plain_n_contiguous": Model(2048, 768, 128, 8, "gelu", k_contiguous=False),
-}
+from comet_compile.kernels.experts import Matrices, Needs
+from comet_compile.kernels.fused_exchange import BackwardCall
+from comet_compile.kernels.workspace import Layout, ReduceLayout
 
 # The most registers that (layer0, layer1) took with triton 3.6.0 and 3.9.0.
 REGISTERS = {
@@ -137,21 +102,14 @@ EXCHANGE_REGISTERS = {
     (80, "qwen3_30b", 512): (255, 255),
     (100, "qwen3_30b", 4096): (175, 198),
 }
-REGISTERS_BY_KERNEL = {
-    "count_slots": 47,
-    "place_slots": 128,
-    "sum_slots": 48,
-    "grad_scores": 40,
-    "dot_tokens": 52,
-    "gather_rows": 44,
-    "grad_bias": 66,
-    "publish_tokens": 40,
-    "receive_routing": 32,
-    "order_tiles": 128,
-    "sum_own": 64,
+# And of gemm_all_reduce, the same tokens on two ranks.
+ALL_REDUCE_REGISTERS = {
+    (90, "qwen3_30b", 64): 104,
+    (90, "qwen3_30b", 4096): 249,
+    (90, "gpt_oss", 4096): 234,
+    (80, "qwen3_30b", 512): 128,
+    (100, "qwen3_30b", 4096): 167,
 }
-# Bytes of stack that the tables' kernels take with one of the two versions of triton.
-TABLES_BYTES = {"place_slots": 8, "order_tiles": 8}
 # Bytes of stack that a GEMM of old devices takes with one of the two versions of triton.
 OLD_DEVICE_BYTES = 8
 # Bytes that grad_hidden spills with one of the two versions of triton.
@@ -165,58 +123,6 @@ SPILLED_BYTES = {
     (100, "gpt_oss", 8192): 64,  # 3.9.0
     (100, "qwen3_30b", 8192): 8,  # 3.6.0
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The arguments of a call without values."""
-
-    routed: Routed
-    params: ExpertParams
-    math: LayerMath
-
-    @classmethod
-    def of(cls, model: Model, num_tokens: int, *, num_ranks: int = 1, biases: bool) -> Layer:
-        """One rank's part of the model's layer."""
-        num_experts = model.num_experts // num_ranks
-
-        def weight(k: int, n: int) -> Tensor:
-            if model.k_contiguous:
-                return empty(num_experts, n, k).transpose(1, 2)
-            return empty(num_experts, k, n)
-
-        def bias(n: int) -> Tensor | None:
-            return empty(num_experts, n) if biases else None
-
-        act = Activation.parse(model.activation)
-        columns = 2 * model.inter if act.gated else model.inter
-        params = ExpertParams(
-            weight(model.hidden, columns), None, weight(model.inter, model.hidden),
-            bias(columns), None, bias(model.hidden),
-        )  # fmt: skip
-        routed = Routed(
-            empty(num_tokens, model.hidden),
-            empty(num_tokens, model.top_k, dtype=torch.int64),
-            empty(num_tokens, model.top_k, dtype=torch.float32),
-        )
-        return cls(routed, params, LayerMath(act, model.weight_place, torch.float32))
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def plan_of(capability: int, model: Model, num_tokens: int) -> Plan:
-    act = Activation.parse(model.activation)
-    return choose_plan(
-        num_tokens * model.top_k,
-        model.num_experts,
-        model.hidden,
-        model.inter,
-        gated=act.gated,
-        interleaved=act.interleaved,
-        device=DEVICES[capability],
-    )
 
 
 def compile_layer(capability: int, model: Model, num_tokens: int) -> list[Compiled]:
@@ -277,17 +183,6 @@ def compile_exchange_backward(capability: int, model: Model, num_tokens: int) ->
         call.compute()
         call.finish()
     return compiled
-
-
-def assert_within(
-    compiled: list[Compiled], capability: int, ceilings: dict[str, int], spilled: dict[str, int]
-) -> None:
-    """Assert that no kernel takes more registers, spills or shared memory than allowed."""
-    for kernel in compiled:
-        name = kernel.name.removesuffix("_kernel")
-        assert kernel.spilled_bytes <= {**TABLES_BYTES, **spilled}.get(name, 0), kernel
-        assert kernel.registers <= ceilings[name], kernel
-        assert kernel.shared_bytes <= DEVICES[capability].shared_bytes, kernel
 
 
 @pytest.mark.parametrize(
@@ -411,6 +306,26 @@ def test_exchange_backward_compiles_without_a_spill(
         name = kernel.name.removesuffix("_kernel")
         assert kernel.spilled_bytes <= {**TABLES_BYTES, "grad_hidden": 24}.get(name, 0), kernel
         assert kernel.shared_bytes <= DEVICES[capability].shared_bytes, kernel
+
+
+@pytest.mark.parametrize(("capability", "name", "num_tokens"), list(ALL_REDUCE_REGISTERS))
+def test_all_reduce_compiles_without_a_spill(
+    capability: int, name: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_replicated, "read_device", lambda index: DEVICES[capability])
+    model = MODELS[name]
+    layer = Layer.of(model, num_tokens, num_ranks=2, biases=model.biases)
+    layout = ReduceLayout.of(num_tokens, model.hidden, 2, 2)
+    workspace = LocalWorkspace(layout.num_bytes, 0, 2, "meta")
+    plan = plan_of(capability, model, num_tokens)
+    with compiling_for(capability) as compiled:
+        call = fused_replicated.ReplicatedCall(
+            layer.routed, layer.params, layer.math, torch.bfloat16, plan, workspace, 60.0
+        )
+        call.reduce(0, call.num_steps)
+    assert compiled[-1].name == "gemm_all_reduce_kernel"
+    ceiling = ALL_REDUCE_REGISTERS[capability, name, num_tokens]
+    assert_within(compiled[-1:], capability, {"gemm_all_reduce": ceiling}, {})
 
 
 def test_targets_do_not_share_kernels() -> None:
