@@ -19,7 +19,7 @@ from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.fused import compute_hidden, with_dense_biases
 from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch
 from comet_compile.kernels.layer1 import TRITON_DTYPES
-from comet_compile.kernels.layer1_all_reduce import MORE_STEPS, gemm_all_reduce_kernel
+from comet_compile.kernels.layer1_all_reduce import gemm_all_reduce_kernel, num_steps
 from comet_compile.kernels.plan import Plan, read_device
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.workspace import MAX_COLUMN_BLOCKS, ReduceLayout, Workspace
@@ -81,14 +81,12 @@ class ReplicatedCall:
         capability = read_device(routed.x.device.index or 0).capability if clock else (9, 0)
         # before sm_90 a CTA stores its tiles itself
         self.bulk = clock and capability >= (9, 0)
-        # flattened, Triton 3.6 keeps the stored tile twice in shared memory of sm_100
-        self.flat = plan.layer1.flat and capability < (10, 0)
         self.deadline = int(deadline * 1e9) if clock else 1000
         self.num_tokens, self.top_k = routed.ids.shape
         num_hidden = params.w_in.shape[1]
         self.width = width or column_width(self.num_tokens, num_hidden, out_dtype.itemsize)
         self.num_blocks = div_up(num_hidden, self.width)
-        self.num_steps = self.num_blocks + MORE_STEPS
+        self.num_steps = num_steps(self.num_blocks, workspace.num_ranks)
         self.layout = ReduceLayout.of(
             self.num_tokens, num_hidden, workspace.num_ranks, out_dtype.itemsize
         )
@@ -102,9 +100,10 @@ class ReplicatedCall:
         h_RI, rows_RH, bias_LH = self.hidden.h_RI, self.rows_RH, self.params.b_out
         num_hidden, threads = rows_RH.shape[1], 32 * tiles.num_warps
         view = view_weight(self.params.w_out)
-        # a power of two that divides the width; 8 elements for each thread and choice are
-        # what the registers beside a flattened GEMM hold
+        # a power of two that divides the width
         block_h = min(8 * threads, self.width & -self.width)
+        # before sm_90 registers are scarce: a flattened GEMM takes fewer, a sum of fewer rows too
+        flat, elements = (False, 32) if self.bulk else (tiles.flat, 8)
         launch(
             gemm_all_reduce_kernel,
             full_grid(tiles.num_programs),
@@ -131,7 +130,7 @@ class ReplicatedCall:
             ws.message,
             self.deadline,
             self.num_tokens,
-            div_up(self.num_tokens, ws.num_ranks),
+            self.layout.num_owned,
             ws.rank,
             first_step,
             end_step,
@@ -142,12 +141,13 @@ class ReplicatedCall:
             BN=tiles.block_n,
             BK=tiles.block_k,
             GROUP_M=tiles.group_m,
-            FLAT=self.flat,
+            FLAT=flat,
             K_CONTIGUOUS=view.k_contiguous,
             WIDTH=self.width,
             NUM_BLOCKS=self.num_blocks,
+            NUM_STEPS=self.num_steps,
             P=ws.num_ranks,
-            BT=max(1, min(16, 8 * threads // block_h)),
+            BT=max(1, min(16, elements * threads // block_h)),
             BH=block_h,
             PRODUCT=TRITON_DTYPES[self.math.product_dtype],
             BULK=self.bulk,
