@@ -19,22 +19,25 @@ from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.fused import compute_hidden, with_dense_biases
 from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch
 from comet_compile.kernels.layer1 import TRITON_DTYPES
-from comet_compile.kernels.layer1_all_reduce import gemm_all_reduce_kernel, num_steps
+from comet_compile.kernels.layer1_all_reduce import MORE_STEPS, gemm_all_reduce_kernel
 from comet_compile.kernels.plan import Plan, read_device
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.workspace import MAX_COLUMN_BLOCKS, ReduceLayout, Workspace
 
 # Columns of a block are a multiple of this, the widest tile.
 _COLUMNS = 256
-# A block below this many bytes travels faster than its three more steps take.
-_MIN_BLOCK_BYTES = 1 << 20
+# Results below this many bytes NCCL adds up faster (benchmarks/results/all_reduce_h100.json).
+_MIN_BYTES = 1 << 24
 
 
-def column_width(num_tokens: int, hidden: int, itemsize: int) -> int:
+def pays(num_tokens: int, hidden: int, itemsize: int) -> bool:
+    """Return whether adding up in layer1 is at least as fast as NCCL's all-reduce after it."""
+    return num_tokens * hidden * itemsize >= _MIN_BYTES
+
+
+def column_width(hidden: int) -> int:
     """Return the columns of a block of the all-reduce, the same on all ranks."""
-    fewest = div_up(hidden, MAX_COLUMN_BLOCKS)
-    enough = div_up(_MIN_BLOCK_BYTES, max(1, num_tokens * itemsize))
-    return div_up(min(hidden, max(fewest, enough)), _COLUMNS) * _COLUMNS
+    return div_up(div_up(hidden, MAX_COLUMN_BLOCKS), _COLUMNS) * _COLUMNS
 
 
 def replicated_forward(
@@ -78,15 +81,14 @@ class ReplicatedCall:
         self.params = with_dense_biases(params)
         self.math, self.plan, self.workspace = math, plan, workspace
         self.clock = clock
-        capability = read_device(routed.x.device.index or 0).capability if clock else (9, 0)
         # before sm_90 a CTA stores its tiles itself
-        self.bulk = clock and capability >= (9, 0)
+        self.bulk = clock and read_device(routed.x.device.index or 0).capability >= (9, 0)
         self.deadline = int(deadline * 1e9) if clock else 1000
         self.num_tokens, self.top_k = routed.ids.shape
         num_hidden = params.w_in.shape[1]
-        self.width = width or column_width(self.num_tokens, num_hidden, out_dtype.itemsize)
+        self.width = width or column_width(num_hidden)
         self.num_blocks = div_up(num_hidden, self.width)
-        self.num_steps = num_steps(self.num_blocks, workspace.num_ranks)
+        self.num_steps = self.num_blocks + MORE_STEPS
         self.layout = ReduceLayout.of(
             self.num_tokens, num_hidden, workspace.num_ranks, out_dtype.itemsize
         )
@@ -130,7 +132,7 @@ class ReplicatedCall:
             ws.message,
             self.deadline,
             self.num_tokens,
-            self.layout.num_owned,
+            div_up(self.num_tokens, ws.num_ranks),
             ws.rank,
             first_step,
             end_step,
@@ -145,7 +147,6 @@ class ReplicatedCall:
             K_CONTIGUOUS=view.k_contiguous,
             WIDTH=self.width,
             NUM_BLOCKS=self.num_blocks,
-            NUM_STEPS=self.num_steps,
             P=ws.num_ranks,
             BT=max(1, min(16, elements * threads // block_h)),
             BH=block_h,

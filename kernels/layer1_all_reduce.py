@@ -2,32 +2,29 @@
 
     y[t] = sum over ranks, sum over their rows r of t: weight * (h[r] @ w_out[e] + b_out[e])
 
-The columns of y go in blocks. What has to be done with a block comes in steps, each of them beside
-an earlier one of the blocks behind it:
+The columns of y go in blocks, and a block takes four steps, each of them beside the next one of the
+block in front of it:
 
     multiply   this rank's tiles with these columns
-    push       for every token: this rank's sum, rounded, to who adds it up
-    tell       say that what was pushed is there
-    reduce     for every token that this rank adds up: its own sum and the peers'
+    push       for every token of another rank: this rank's sum, into the memory of its *owner*
+    reduce     for every token that this rank owns: its own sum and the peers', to all ranks
+    collect    the sums that the owners sent, into y
 
-    step      0          1          2          3          4          5       (3 blocks)
-    block 0   multiply   push       tell       reduce
-    block 1              multiply   push       tell       reduce
-    block 2                         multiply   push       tell       reduce
+    step      0          1          2          3          4       (2 blocks)
+    block 0   multiply   push       reduce     collect
+    block 1              multiply   push       reduce     collect
 
-To tell, a CTA has to wait until its stores have reached the peers: a step later they have, while it
-multiplied. All CTAs do all of it: those set apart to send lack more for tiles than they save
-(`exchange_plan`).
+So all but the last block travels while tiles are computed; stores to a peer are not waited for. All
+CTAs do all of it: those set apart to send lack more for tiles than they save (`exchange_plan`).
+A token has one owner, who alone adds up, in float32 and in the order of turns, and rounds once: all
+ranks get the same bits, in every run.
 
-Between two ranks both add up all tokens: a + b has the same bits on both. Among more, rank r *owns*
-the O tokens from r * O on and alone adds them up, by turns; then come three steps more: `share` its
-sums with all ranks, `tell`, and `collect` those of other owners into y. All ranks get the same
-bits, in every run. Turns are those of `exchange_kernels`: the peer of turn k is group rank
-``(me + k) % P``.
+Rank r owns the O tokens from r * O on. Turns are those of `exchange_kernels`: the peer of turn k is
+group rank ``(me + k) % P``.
 
 Why one buffer of each kind is enough: a rank writes to a peer only after that has begun the same
-call (READY), so has ended the one before; and it ends a call only with all sums, when all have read
-what it pushed to be summed.
+call (READY), so has ended the one before; and it ends a call only with all owners' sums, when all
+have read what it pushed.
 
 Legend: T tokens, A experts per token, S = T*A slots, O tokens of an owner, P ranks, R tile rows, M
 tiles, L experts, H model dim, I expert intermediate dim.
@@ -53,15 +50,13 @@ from comet_compile.kernels.sync import (
     wait,
 )
 
+MORE_STEPS = 3  # after the last block's tiles
+
+_MORE = tl.constexpr(MORE_STEPS)
 _ENTRY = tl.constexpr(ENTRY_OF_PEER)
 _PARTS = tl.constexpr(PARTS_OF_PEER)
 _ROWS = tl.constexpr(OWN_ROWS)
 _SUMS = tl.constexpr(SUMS_OF_OWNER)
-
-
-def num_steps(num_blocks: int, num_ranks: int) -> int:
-    """Return how many steps all blocks take."""
-    return num_blocks + (3 if num_ranks == 2 else 5)
 
 
 @triton.jit
@@ -78,7 +73,7 @@ def gemm_all_reduce_kernel(
     weights_S_ptr,  # [S] or None
     out_ptr,  # [T, H]
     peers_ptr,
-    parts_offset,  # of [P, O, H] symmetric, by turn; O = T between two ranks
+    parts_offset,  # of [P, O, H] symmetric, by turn
     sums_offset,  # of [T, H] symmetric
     ready_offset,  # of [P] int32 flags, by source rank
     parts_flags,  # offset of [NUM_BLOCKS, P] int32 flags, by source rank; likewise
@@ -104,7 +99,6 @@ def gemm_all_reduce_kernel(
     K_CONTIGUOUS: tl.constexpr,
     WIDTH: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
-    NUM_STEPS: tl.constexpr,
     P: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
@@ -114,14 +108,14 @@ def gemm_all_reduce_kernel(
 ):
     """Grid: one program per multiprocessor. WIDTH columns, a multiple of BN and of BH, are a block.
 
-    All steps are one launch; a test, in whose interpreter no program can wait for a later one,
-    launches them one by one.
+    Steps 0 .. NUM_BLOCKS + MORE_STEPS are one launch; a test, in whose interpreter no program can
+    wait for a later one, launches them one by one.
     """
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epoch_ptr) + 1
     num_m = tl.load(num_tiles_ptr)
     done_ptr, pushed_ptr = counters_ptr, counters_ptr + NUM_BLOCKS
-    shared_ptr, ended_ptr = counters_ptr + 2 * NUM_BLOCKS, counters_ptr + 3 * NUM_BLOCKS
+    reduced_ptr, ended_ptr = counters_ptr + 2 * NUM_BLOCKS, counters_ptr + 3 * NUM_BLOCKS
     if (pid == 0) & (first_step == 0):
         for turn in range(1, P):
             ready = peer_pointer(peers_ptr, (me + turn) % P, ready_offset, tl.int32)
@@ -142,18 +136,6 @@ def gemm_all_reduce_kernel(
                 rows_desc.store([tile_m * BM, start_n], acc.to(rows_desc.dtype))
             finish_bulk_stores(BULK)
             count_in(done_ptr + step, "gpu")
-        block = step - 2
-        if (block >= 0) & (block < NUM_BLOCKS):
-            _tell_peers(
-                pushed_ptr + block, parts_flags + block * P * 4, peers_ptr, abort_ptr, me, epoch, P
-            )
-        if P > 2:
-            block = step - 4
-            if (block >= 0) & (block < NUM_BLOCKS):
-                _tell_peers(
-                    shared_ptr + block, sums_flags + block * P * 4, peers_ptr, abort_ptr, me,
-                    epoch, P,
-                )  # fmt: skip
         block = step - 1
         if (block >= 0) & (block < NUM_BLOCKS):
             wait(
@@ -166,36 +148,37 @@ def gemm_all_reduce_kernel(
                     CLOCK,
                 )  # fmt: skip
             _push_parts(
-                block, rows_ptr, row_S_ptr, weights_S_ptr, out_ptr, peers_ptr, parts_offset,
-                num_tokens, num_owned, me, A, H, WIDTH, P, BT, BH, PRODUCT,
+                block, rows_ptr, row_S_ptr, weights_S_ptr, peers_ptr, parts_offset,
+                out_ptr.dtype.element_ty, num_tokens, num_owned, me, A, H, WIDTH, P, BT, BH,
+                PRODUCT,
             )  # fmt: skip
-        block = step - 3
+            _tell_peers(
+                pushed_ptr + block, parts_flags + block * P * 4, peers_ptr, abort_ptr, me, epoch, P
+            )
+        block = step - 2
         if (block >= 0) & (block < NUM_BLOCKS):
             _wait_for_peers(
                 parts_flags + block * P * 4, peers_ptr, abort_ptr, message_ptr, deadline, _PARTS,
                 me, epoch, P, CLOCK,
             )  # fmt: skip
-            if P > 2:  # this rank's own sums may be another CTA's
-                wait(
-                    pushed_ptr + block, num_programs, abort_ptr, message_ptr, deadline, _ROWS, me,
-                    epoch, "gpu", CLOCK,
-                )  # fmt: skip
             _reduce_own(
-                block, out_ptr, peers_ptr, parts_offset, sums_offset, abort_ptr, num_tokens,
-                num_owned, me, H, WIDTH, P, BT, BH,
+                block, rows_ptr, row_S_ptr, weights_S_ptr, out_ptr, peers_ptr, parts_offset,
+                sums_offset, abort_ptr, num_tokens, num_owned, me, A, H, WIDTH, P, BT, BH, PRODUCT,
             )  # fmt: skip
-        if P > 2:
-            block = step - 5
-            if block >= 0:
-                _wait_for_peers(
-                    sums_flags + block * P * 4, peers_ptr, abort_ptr, message_ptr, deadline, _SUMS,
-                    me, epoch, P, CLOCK,
-                )  # fmt: skip
-                _collect_sums(
-                    block, out_ptr, peers_ptr, sums_offset, abort_ptr, num_tokens, num_owned, me, H,
-                    WIDTH, P, BT, BH,
-                )  # fmt: skip
-    if end_step == NUM_STEPS:  # noqa: SIM102, the second counts
+            _tell_peers(
+                reduced_ptr + block, sums_flags + block * P * 4, peers_ptr, abort_ptr, me, epoch, P
+            )
+        block = step - 3
+        if block >= 0:
+            _wait_for_peers(
+                sums_flags + block * P * 4, peers_ptr, abort_ptr, message_ptr, deadline, _SUMS, me,
+                epoch, P, CLOCK,
+            )  # fmt: skip
+            _collect_sums(
+                block, out_ptr, peers_ptr, sums_offset, abort_ptr, num_tokens, num_owned, me, H,
+                WIDTH, P, BT, BH,
+            )  # fmt: skip
+    if end_step == NUM_BLOCKS + _MORE:  # noqa: SIM102, the second counts
         if count_in(ended_ptr, "gpu") == num_programs - 1:
             for counter in range(3 * NUM_BLOCKS + 1):
                 tl.store(counters_ptr + counter, 0)
@@ -241,9 +224,9 @@ def _push_parts(
     rows_ptr,
     row_S_ptr,
     weights_S_ptr,
-    out_ptr,
     peers_ptr,
     parts_offset,
+    DTYPE: tl.constexpr,
     num_tokens,
     num_owned,
     me,
@@ -255,39 +238,32 @@ def _push_parts(
     BH: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """Put this rank's sums where they are added up: its own into y, a peer's into that's memory.
-
-    Owners take turns, so that no link waits.
-    """
-    dtype = out_ptr.dtype.element_ty
-    OWNERS: tl.constexpr = P if P > 2 else 1
-    num_tasks = OWNERS * tl.cdiv(num_owned, BT)
+    """Send this rank's sums of the peers' tokens; peers take turns, so that no link waits."""
+    num_tasks = (P - 1) * tl.cdiv(num_owned, BT)
     for task in tl.range(tl.program_id(0), num_tasks, tl.num_programs(0), num_stages=1):
-        index = task // OWNERS * BT + tl.arange(0, BT)
-        turn = 1 if P == 2 else task % OWNERS
+        turn = 1 + task % (P - 1)
         owner = (me + turn) % P
-        token = index if P == 2 else owner * num_owned + index
+        index = task // (P - 1) * BT + tl.arange(0, BT)
+        token = owner * num_owned + index
         is_token = (index < num_owned) & (token < num_tokens)
-        place = token[:, None].to(tl.int64) * H
         # this rank is the owner's turn P - turn
-        parts = peer_pointer(peers_ptr, owner, parts_offset, dtype)
-        place_there = ((P - turn) * num_owned + index)[:, None].to(tl.int64) * H
+        parts = peer_pointer(peers_ptr, owner, parts_offset, DTYPE)
+        place = ((P - turn) * num_owned + index)[:, None].to(tl.int64) * H
         for start in tl.range(0, WIDTH, BH, num_stages=1):
             cols = column_block * WIDTH + start + tl.arange(0, BH)
             total, _ = sum_of_tokens(
                 token, is_token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BT, BH
             )
-            part = total.to(dtype)
             mask = is_token[:, None] & (cols < H)[None, :]
-            if (P == 2) | (turn == 0):
-                tl.store(out_ptr + place + cols[None, :], part, mask=mask)
-            if (P == 2) | (turn > 0):
-                tl.store(parts + place_there + cols[None, :], part, mask=mask)
+            tl.store(parts + place + cols[None, :], total.to(DTYPE), mask=mask)
 
 
 @triton.jit
 def _reduce_own(
     column_block,
+    rows_ptr,
+    row_S_ptr,
+    weights_S_ptr,
     out_ptr,
     peers_ptr,
     parts_offset,
@@ -296,35 +272,39 @@ def _reduce_own(
     num_tokens,
     num_owned,
     me,
+    A: tl.constexpr,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     P: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):
-    """Add up this rank's tokens in float32, into y and, among more than two, for all peers."""
+    """Add up this rank's tokens, into its y and for all peers."""
     dtype = out_ptr.dtype.element_ty
     parts = peer_pointer(peers_ptr, me, parts_offset, dtype)
     is_lost = tl.load(abort_ptr) != 0
-    num_tasks = tl.cdiv(num_owned, BT)
-    for task in tl.range(tl.program_id(0), num_tasks, tl.num_programs(0), num_stages=1):
+    for task in tl.range(
+        tl.program_id(0), tl.cdiv(num_owned, BT), tl.num_programs(0), num_stages=1
+    ):
         index = task * BT + tl.arange(0, BT)
-        token = index if P == 2 else me * num_owned + index
+        token = me * num_owned + index
         is_token = (index < num_owned) & (token < num_tokens)
         place = token[:, None].to(tl.int64) * H
         for start in tl.range(0, WIDTH, BH, num_stages=1):
             cols = column_block * WIDTH + start + tl.arange(0, BH)
             mask = is_token[:, None] & (cols < H)[None, :]
-            total = tl.load(out_ptr + place + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            for turn in tl.static_range(1, P):
+            total, _ = sum_of_tokens(
+                token, is_token, rows_ptr, row_S_ptr, weights_S_ptr, cols, A, H, PRODUCT, BT, BH
+            )
+            for turn in range(1, P):
                 part = (turn * num_owned + index)[:, None].to(tl.int64) * H + cols[None, :]
                 total += tl.load(parts + part, mask=mask, other=0.0).to(tl.float32)
             result = tl.where(is_lost, float("nan"), total).to(dtype)
             tl.store(out_ptr + place + cols[None, :], result, mask=mask)
-            if P > 2:
-                for turn in range(1, P):
-                    sums = peer_pointer(peers_ptr, (me + turn) % P, sums_offset, dtype)
-                    tl.store(sums + place + cols[None, :], result, mask=mask)
+            for turn in range(1, P):
+                sums = peer_pointer(peers_ptr, (me + turn) % P, sums_offset, dtype)
+                tl.store(sums + place + cols[None, :], result, mask=mask)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def forward(
     """Return (y [T, H], saved) for tokens that every rank has, experts shared out, ids local.
 
     `saved` is this rank's, as from `paths.local_forward`. Raises ValueError on all ranks if they
-    have different numbers of tokens and would run fused.
+    have different numbers of tokens, where the kernels run.
     """
     found = _find_workspace(routed, out_dtype, group, offers)
     if found is None:
@@ -79,7 +79,7 @@ def _find_workspace(
             f"have {tokens} tokens; allowed: the same tokens on every rank, as the model's "
             "all-reduce of them needs. Look for a rank with another batch or sequence length."
         )
-    if tokens[0] == 0:
+    if not fused_replicated().pays(*x.shape, out_dtype.itemsize):
         return None
     layout = workspaces().ReduceLayout.of(*x.shape, group.size(), out_dtype.itemsize)
     return workspaces().workspace_for(layout.num_bytes, group, x.device)

@@ -65,7 +65,6 @@ class Layout:
 class ReduceLayout:
     """`Layout` for a layer whose tokens all ranks have; O of them are a rank's to add up."""
 
-    num_owned: int  # O
     parts: int  # [P, O, H], by turn
     sums: int  # [T, H]
     num_bytes: int
@@ -73,18 +72,14 @@ class ReduceLayout:
     @classmethod
     def of(cls, num_tokens: int, hidden: int, num_ranks: int, itemsize: int) -> ReduceLayout:
         """Return the offsets for a layer; `itemsize` is that of its result."""
-        if num_ranks == 2:  # both add up all tokens, and share no sums
-            num_owned, num_shared = num_tokens, 0
-        else:
-            num_owned, num_shared = -(-num_tokens // num_ranks), num_tokens
-        sums = _aligned(_FLAGS_BYTES + num_ranks * num_owned * hidden * itemsize)
-        num_bytes = _aligned(sums + num_shared * hidden * itemsize)
-        return cls(num_owned, _FLAGS_BYTES, sums, num_bytes)
+        owned = -(-num_tokens // num_ranks)
+        sums = _aligned(_FLAGS_BYTES + num_ranks * owned * hidden * itemsize)
+        return cls(_FLAGS_BYTES, sums, _aligned(sums + num_tokens * hidden * itemsize))
 
 
 # In front of the layer's buffers: flags, which must outlive every layout.
 _MAX_RANKS = 64
-MAX_COLUMN_BLOCKS = 8  # of an all-reduce, which has flags for each
+MAX_COLUMN_BLOCKS = 4  # of an all-reduce, which has flags for each
 _READY, _ARRIVED, _SCORED, _PARTS = (4 * _MAX_RANKS * place for place in range(4))
 _SUMS = _PARTS + 4 * _MAX_RANKS * MAX_COLUMN_BLOCKS
 _NUM_TOKENS = _SUMS + 4 * _MAX_RANKS * MAX_COLUMN_BLOCKS

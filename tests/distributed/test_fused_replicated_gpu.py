@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distributed.gloo import run_ranks
 
 from comet_compile.errors import PeerTimeoutError
-from comet_compile.kernels import ops  # noqa: F401, registers the ops
+from comet_compile.kernels import fused_replicated, ops  # noqa: F401, registers the ops
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.refs import moe_layer_backward_ref, moe_layer_ref
 
@@ -105,6 +105,7 @@ def start(rank: int) -> None:
     if torch.cuda.device_count() <= rank:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     torch.cuda.set_device(rank % torch.cuda.device_count())
+    fused_replicated._MIN_BYTES = 1  # small layers too
 
 
 def fused_calls() -> int:
