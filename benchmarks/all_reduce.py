@@ -1,4 +1,4 @@
-"""Time replicated layers whose all-reduce layer1 makes, beside the same with one of NCCL's after it.
+"""Time replicated layers whose all-reduce layer1 makes, beside the same with NCCL's after it.
 
     torchrun --nproc-per-node 2 benchmarks/all_reduce.py --out benchmarks/results/all_reduce.json
 
@@ -23,10 +23,9 @@ import torch.distributed as dist
 from moe_layer import load_package
 
 load_package()
+from comet_compile.kernels import fused_replicated, ops  # noqa: E402, F401, registers the ops
 from moe_bench.runner import git_commit, versions  # type: ignore[import-not-found]  # noqa: E402
 from moe_bench.shapes import SHAPES, Shape  # type: ignore[import-not-found]  # noqa: E402
-
-from comet_compile.kernels import fused_replicated, ops  # noqa: E402, F401, registers the ops
 
 
 def layer_of(shape: Shape, num_tokens: int) -> Any:
@@ -119,7 +118,7 @@ def main() -> None:
             "command": "torchrun benchmarks/all_reduce.py " + shlex.join(sys.argv[1:]),
             "commit": args.commit,
             "device": f"{torch.cuda.get_device_name()} x {dist.get_world_size()}",
-            "versions": versions(),
+            "versions": versions(cuda=True),
             "rows": rows,
         }
         args.out.write_text(json.dumps(document, indent=2) + "\n")
