@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from comet_compile.errors import OptionError
 from comet_compile.kernels import portable
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import (
@@ -180,9 +182,25 @@ def _tokens_of(routed: Routed, tokens: slice) -> Routed:
 
 
 _exchange_plans: dict[Any, Any] = {}
-# Of all rows, if all tokens chose one rank. A call that would need more runs in rounds of fewer
-# tokens.
-_MAX_ROW_BYTES, _MAX_BACKWARD_ROW_BYTES = 4 * 2**30, 12 * 2**30
+ROW_MEMORY = "COMET_ROW_MEMORY"
+
+
+@functools.cache
+def row_bytes() -> tuple[int, int]:
+    """Return what the rows of a forward and of a backward may take, if all tokens chose one rank.
+
+    A call that would need more runs in rounds of fewer tokens. COMET_ROW_MEMORY gives both in MiB;
+    it is read once: a backward must find what its forward has kept.
+    """
+    text = os.environ.get(ROW_MEMORY, "").strip()
+    if not text:
+        return 4 * 2**30, 12 * 2**30
+    if not text.isdecimal() or int(text) == 0:
+        raise OptionError(
+            f"environment variable {ROW_MEMORY} is {text!r}; allowed: an integer of at least 1, "
+            "the MiB that the rows of one fused call between ranks may take"
+        )
+    return int(text) * 2**20, int(text) * 2**20
 
 
 def _plan_exchange(
@@ -246,7 +264,7 @@ def _new_exchange_plan(
 
     def rounds_of(backward: bool) -> int:
         needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
-        return max(1, -(-needed // (_MAX_BACKWARD_ROW_BYTES if backward else _MAX_ROW_BYTES)))
+        return max(1, -(-needed // row_bytes()[backward]))
 
     in_one_round = rounds_of(backward=False) == rounds_of(backward=True) == 1
     keeps = in_one_round and sum(tokens) <= num_ranks * x.shape[0]

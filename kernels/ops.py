@@ -92,7 +92,9 @@ def _moe_layer(
     routed, params, math, number = layer.routed, layer.params, checked.math, checked.number
     if form != "local":
         facts: dict[str, Any] = {"out_dtype": out_dtype}
-        if form != "all_to_all":  # where what is kept is each rank's own affair
+        if form == "all_to_all":  # where what is kept is each rank's own affair
+            facts["row_memory"] = exchange_paths.row_bytes()
+        else:
             facts["save"] = save
         offer = paths.why_portable_here(routed, params, math, number)
         group, offers = _agreed_group(
@@ -177,6 +179,8 @@ def _moe_layer_backward(
     offers: list[Any] = []
     if form != "local":
         facts = {"grad_dtype": grad_y.dtype, "needs": wanted}
+        if form == "all_to_all":
+            facts["row_memory"] = exchange_paths.row_bytes()
         offer = paths.why_portable_here(routed, params, math, checked.number)
         group, offers = _agreed_group(
             "comet::moe_layer_backward", form, group_name, layer, checked, facts, offer

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from comet_compile.kernels import expert_weights, fused, paths
+from comet_compile.errors import OptionError
+from comet_compile.kernels import exchange_paths, expert_weights, fused, paths
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.plan import Device
@@ -193,3 +194,15 @@ def test_what_a_graph_is_told_of_the_path(
     assert found.is_fused == (portable == "0")
     assert (found.reads_host, found.may_keep) == (reads_host, may_keep)
     assert ("why_portable" in found.plan) == (portable == "1")
+
+
+def test_row_memory_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = exchange_paths.row_bytes.__wrapped__
+    monkeypatch.delenv(exchange_paths.ROW_MEMORY, raising=False)
+    assert read() == (4 * 2**30, 12 * 2**30)
+    monkeypatch.setenv(exchange_paths.ROW_MEMORY, "256")
+    assert read() == (2**28, 2**28)
+    for text in ("0", "-1", "1.5", "much"):
+        monkeypatch.setenv(exchange_paths.ROW_MEMORY, text)
+        with pytest.raises(OptionError, match=f"COMET_ROW_MEMORY is '{text}'; allowed: an integer"):
+            read()
