@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import side_tables
+
 Row = dict[str, Any]
 Key = tuple[str, str]
 
@@ -146,6 +148,7 @@ def render_page(results: Results, targets: list[dict[str, Any]]) -> str:
     for suite, title in SUITES.items():
         if keys := results.keys(suite):
             parts.append(_suite_section(suite, title, keys, results))
+    parts += [side_tables.all_reduce_section(_table), side_tables.tuned_section(_table)]
     parts.append(_sources_section(results))
     return "\n".join(parts)
 

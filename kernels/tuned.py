@@ -12,8 +12,9 @@ A table is a JSON file that ``comet tune`` writes, for one kind of GPU and one T
 Tables are looked up in this order: the file that COMET_TUNED names, the one in the user's cache
 directory, those shipped in the package. COMET_TUNED=0 switches all of them off. A file that cannot
 be used (broken, from another device or Triton, with changes that no kernel can run) is named in a
-warning, and the next source is asked; without any, the plan is the rule's. A process reads a file
-once. Ranks of a group use tables only if all of them have the same (`digest`, see `links`).
+warning, and the next source is asked; without any, the plan is the rule's. A shipped table of
+another Triton than the one installed is nobody's mistake, and passed over in silence. A process
+reads a file once. Ranks of a group use tables only if all have the same (`digest`, see `links`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -36,6 +38,8 @@ from comet_compile.errors import CometWarning
 from comet_compile.kernels.plan import Device, Plan
 from comet_compile.kernels.plan_changes import PlanChangeError, change
 from comet_compile.tuned_folder import tuned_folder
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 TRITON = triton.__version__
@@ -150,7 +154,10 @@ def tables(device: Device) -> tuple[Table, ...]:
         try:
             found.append(Table.read(path, device))
         except TableError as error:
-            _warn(f"the tuned plans in {path} are not used: {error}")
+            if path == kept[-1]:
+                log.debug("comet: the shipped plans in %s are not used: %s", path, error)
+            else:
+                _warn(f"the tuned plans in {path} are not used: {error}")
     return tuple(found)
 
 

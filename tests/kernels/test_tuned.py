@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import triton
 
+import comet_compile
 from comet_compile.errors import CometWarning
 from comet_compile.kernels import tuned
 from comet_compile.kernels.exchange_plan import ExchangePlan
 from comet_compile.kernels.plan import Device, Plan, choose_plan
 from comet_compile.kernels.plan_changes import PlanChangeError, change
 
+SHIPPED = Path(comet_compile.__file__).parent / "tuned"
 H100 = Device(132, 232448, (9, 0), "NVIDIA H100 80GB HBM3")
 SHAPE = tuned.Shape(1, 4096, 8, 128, 2048, 768, True, False, 2)
 PLAN = choose_plan(4096 * 8, 128, 2048, 768, gated=True, interleaved=False, device=H100)
@@ -150,6 +152,35 @@ def test_what_cannot_be_used_is_named_and_the_next_source_asked(home: Path, name
     (text,) = (str(one.message) for one in caught)
     assert str(path) in text
     assert message in text
+
+
+def test_a_shipped_table_of_another_triton_is_passed_over_in_silence(home: Path) -> None:
+    write(home / "shipped.json", document(versions={"triton": "1.0.0"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.apply(PLAN, SHAPE, H100) == PLAN
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables_can_be_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = json.loads(path.read_text())
+    about = written["device"]
+    device = Device(about["num_sms"], 232448, tuple(about["capability"]), about["name"])
+    assert tuned.shipped_file(device) == path
+    monkeypatch.setattr(tuned, "TRITON", written["versions"]["triton"])
+    table = tuned.Table.read(path, device)
+    assert len(table.changes) > 3
+    for entry in written["entries"]:
+        assert entry["complete"], "a search that was interrupted is no plan to ship"
+        assert entry["us"]["tuned"] <= entry["us"]["rule"]
+        shape = tuned.Shape(**entry["shape"])
+        plan: Plan | ExchangePlan = choose_plan(
+            shape.tokens * shape.top_k, shape.experts, shape.hidden, shape.inter,
+            gated=shape.gated, interleaved=shape.interleaved, device=device,
+        )  # fmt: skip
+        if shape.ranks > 1:
+            plan = ExchangePlan(plan, shape.tokens, 24, 0, (0.2, 0.1))
+        change(plan, table.changes[shape], gated=shape.gated, device=device)
 
 
 def test_a_named_file_that_is_not_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
