@@ -24,6 +24,8 @@ from comet_compile.kernels.workspace import Layout, workspace_for
 
 DEADLINE = 20.0
 _REPEATS = 9
+# clock ticks, about a millisecond: a backward's launches take less
+_HEAD_START = 2_000_000
 # results of other tiles differ by their rounding, which is far below this
 _SAME = 0.02
 
@@ -110,7 +112,7 @@ def make_layer(size: LayerSize, group: Any, *, backward: bool) -> TunedLayer:
 
 
 def measure(layer: TunedLayer, plans: Sequence[Any], repeats: int = _REPEATS) -> list[float]:
-    """Return the median microseconds of plans, in turns, each on an idle device.
+    """Return the median microseconds of plans, in turns (`time_us`).
 
     Of several ranks the slowest counts. inf for a plan that some rank cannot launch, or that does
     not compute what the layer's own plan does.
@@ -130,11 +132,16 @@ def measure(layer: TunedLayer, plans: Sequence[Any], repeats: int = _REPEATS) ->
 
 
 def time_us(layer: TunedLayer, plan: Any) -> float:
-    """Return the microseconds of one run on an idle device, which all ranks begin together."""
+    """Return the microseconds of one run on the device, which all ranks begin together.
+
+    The device sleeps until the host has launched all of it: a small layer's kernels are shorter
+    than their launches, and a call that is replayed does not wait for the host either.
+    """
     if dist.is_initialized():
         dist.barrier()
     torch.cuda.synchronize()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_HEAD_START)
     begin.record()
     layer.run(plan)
     end.record()

@@ -169,7 +169,7 @@ def test_shipped_tables_can_be_used(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tuned.shipped_file(device) == path
     monkeypatch.setattr(tuned, "TRITON", written["versions"]["triton"])
     table = tuned.Table.read(path, device)
-    assert len(table.changes) > 3
+    assert table.changes
     for entry in written["entries"]:
         assert entry["complete"], "a search that was interrupted is no plan to ship"
         assert entry["us"]["tuned"] <= entry["us"]["rule"]
