@@ -32,7 +32,7 @@ READY := $(VENV)/.ready
 PY := $(abspath $(VENV))/bin/python
 endif
 
-.PHONY: help demo test cross-compile sanitize coverage browser lint format types wheel package clean current-env
+.PHONY: help demo test cross-compile fuzz sanitize coverage browser lint format types wheel package clean current-env
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ cross-compile: $(READY) ## Compile the kernels for GPUs that are not here, with 
 	export PYTHONPATH=$(CURDIR)/$(OLD_TRITON_DIR) OMP_NUM_THREADS=1 COMET_SLOW_TESTS=1; \
 	  $(PY) -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
 	  $(PY) -m pytest $(WORKERS) tests/kernels/test_cross_compile.py $(PYTEST_ARGS)
+
+fuzz: $(READY) ## Judge FUZZ random layers and as many near-misses (default 10000)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $${FUZZ:-10000}
 
 sanitize: $(READY) ## Run the fused kernels under NVIDIA's compute-sanitizer (needs a GPU)
 	@# without torch's cache of memory, an access outside a tensor is one outside all tensors
