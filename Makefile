@@ -32,7 +32,7 @@ READY := $(VENV)/.ready
 PY := $(abspath $(VENV))/bin/python
 endif
 
-.PHONY: help demo test cross-compile fuzz sanitize coverage browser lint format types wheel package clean current-env
+.PHONY: help demo test cross-compile fuzz models sanitize coverage browser lint format types wheel package clean current-env
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ cross-compile: $(READY) ## Compile the kernels for GPUs that are not here, with 
 
 fuzz: $(READY) ## Judge FUZZ random layers and as many near-misses (default 10000)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $${FUZZ:-10000}
+
+models: $(READY) ## Write benchmarks/results/models.md for the installed transformers
+	PYTHONPATH=tests $(PY) tests/model_page.py
 
 sanitize: $(READY) ## Run the fused kernels under NVIDIA's compute-sanitizer (needs a GPU)
 	@# without torch's cache of memory, an access outside a tensor is one outside all tensors
