@@ -4,7 +4,9 @@ Dynamo makes sizes of 0 and 1 constants. A rank without a token would get a grap
 number of tokens is the literal 0: the layer in it cannot be told from other code, so that rank
 alone would leave the layer as it was, while its peers wait for it at their first handshake. For
 such a frame every input size stays a symbol, and no branch is taken on whether it is 0 or 1
-(torch calls the sizes "backed, size-oblivious"). Graphs of other frames are what they were.
+(torch calls the sizes "backed, size-oblivious"). Python floats stay constants, as in the peers'
+graphs: an activation whose slope enters as an input could not be told. Graphs of other frames are
+what they were.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def among(frame_locals: Mapping[str, object]) -> bool:
 def kept_symbolic() -> Iterator[None]:
     """Trace and compile what is inside with every input size a symbol that may be zero."""
     with (
-        torch._dynamo.config.patch(assume_static_by_default=False),
+        torch._dynamo.config.patch(assume_static_by_default=False, specialize_float=True),
         torch.fx.experimental._config.patch(backed_size_oblivious=True),
     ):
         yield

@@ -31,7 +31,9 @@ class RejectReason(enum.Enum):
         "no_tokens",
         "The rows that enter the experts could not be followed back to the layer's tokens "
         "[T, H]. Usually the gather or dispatch ran in another graph (a graph break), or uses an "
-        "operation that comet does not follow.",
+        "operation that comet does not follow. Under expert parallelism, transformers' "
+        'ep_implementation "all_to_all" breaks the graph there: import comet_compile.huggingface '
+        'and choose "comet".',
     )
     NO_EXPERT_IDS = (
         "no_expert_ids",
