@@ -1,12 +1,9 @@
 """The replicated form's forward in Triton's interpreter, its ranks buffers of one process.
 
-The all-reduce goes step by step, all ranks one step before any takes the next: so every wait is
-over when it begins. float16 only: bfloat16 goes wrong in the interpreter.
+float16 only: bfloat16 goes wrong in the interpreter.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
@@ -14,81 +11,22 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from covering import covering
-from exchange_ranks import LocalWorkspace
-from fused_layers import math, params, routed, small_case, small_plan, tiles
-from moe_cases import Case
+from fused_layers import math, params, routed, small_case
 from numerics import assert_matches_ref
-from torch import Tensor
+from replicated_ranks import WIDTH, ReplicatedRanks
 
 from comet_compile.errors import PeerTimeoutError
 from comet_compile.kernels import portable
-from comet_compile.kernels.fused_replicated import ReplicatedCall, column_width
+from comet_compile.kernels.fused_replicated import column_width
 from comet_compile.kernels.refs import moe_layer_ref
-from comet_compile.kernels.workspace import MAX_COLUMN_BLOCKS, ReduceLayout, Workspace
+from comet_compile.kernels.workspace import MAX_COLUMN_BLOCKS, Workspace
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-
-PLAN = small_plan(tiles(16, 16, 32), tiles(16, 16, 16))
-WIDTH = 16
-
-
-class Ranks:
-    """P ranks that share the experts of a layer and have all its tokens."""
-
-    def __init__(self, num_ranks: int, layer: Case) -> None:
-        self.layer, self.num_ranks = layer, num_ranks
-        num_tokens, hidden = layer.x.shape
-        layout = ReduceLayout.of(num_tokens, hidden, num_ranks, layer.out_dtype.itemsize)
-        self.workspaces = [
-            LocalWorkspace(layout.num_bytes, rank, num_ranks) for rank in range(num_ranks)
-        ]
-        self._table = LocalWorkspace.connect(self.workspaces)
-
-    def part(self, rank: int) -> Case:
-        """The rank's experts, their ids counted from 0, NaN weights beside the others'."""
-        count = self.layer.w_in.shape[0] // self.num_ranks
-        mine = slice(rank * count, (rank + 1) * count)
-        names = ("w_in", "w_up", "w_out", "b_in", "b_up", "b_out")
-        values = {name: getattr(self.layer, name) for name in names}
-        ids, weights = self.layer.ids - rank * count, self.layer.weights
-        if weights is not None:
-            weights = weights.masked_fill((ids < 0) | (ids >= count), float("nan"))
-        return dataclasses.replace(
-            self.layer,
-            ids=ids,
-            weights=weights,
-            **{name: None if v is None else v[mine] for name, v in values.items()},
-        )
-
-    def calls(self, width: int = WIDTH) -> list[ReplicatedCall]:
-        """Each rank's call, layer0 done."""
-        calls = []
-        for rank, workspace in enumerate(self.workspaces):
-            part = self.part(rank)
-            call = ReplicatedCall(
-                routed(part), params(part), math(part), part.out_dtype, PLAN, workspace,
-                deadline=5.0, width=width, clock=False,
-            )  # fmt: skip
-            assert call.y_TH.isnan().all(), "poisoned"
-            assert call.rows_RH.isnan().all()
-            calls.append(call)
-        return calls
-
-    def run(self, width: int = WIDTH) -> list[Tensor]:
-        """Each rank's y."""
-        calls = self.calls(width)
-        for step in range(calls[0].num_steps):
-            for call in calls:
-                call.reduce(step, step + 1)
-        for workspace in self.workspaces:
-            workspace.check()
-            assert not workspace.reduce_counters.any(), "as the next call needs them"
-        return [call.y_TH for call in calls]
 
 
 def check(num_ranks: int, width: int = WIDTH, **layer: object) -> None:
     """Assert that all ranks have the same y, which errs at most as `numerics` allows."""
-    ranks = Ranks(num_ranks, small_case(**layer))
+    ranks = ReplicatedRanks(num_ranks, small_case(**layer))
     case = ranks.layer
     ref = moe_layer_ref(
         *case.to(torch.float64).tensors(),
@@ -162,7 +100,7 @@ def test_rows_of_nobody() -> None:
 )
 def test_a_lost_peer_leaves_nan_and_a_message(num_ranks: int, stops_at: int, phase: str) -> None:
     """Rank 1 stops before it enters, before it pushes, or before it reduces."""
-    ranks = Ranks(num_ranks, small_case(num_experts=2 * num_ranks))
+    ranks = ReplicatedRanks(num_ranks, small_case(num_experts=2 * num_ranks))
     calls = ranks.calls(width=64)  # one block
     for step in range(calls[0].num_steps):
         for rank, call in enumerate(calls):
@@ -175,7 +113,7 @@ def test_a_lost_peer_leaves_nan_and_a_message(num_ranks: int, stops_at: int, pha
 
 def test_a_lost_peer_is_lost_to_the_others() -> None:
     """What was summed after a wait in vain is not told to the third rank."""
-    ranks = Ranks(3, small_case(num_experts=6))
+    ranks = ReplicatedRanks(3, small_case(num_experts=6))
     calls = ranks.calls()
     for step in range(calls[0].num_steps):
         for call in calls[:2]:

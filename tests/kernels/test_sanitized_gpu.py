@@ -15,9 +15,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from exchange_ranks import Ranks
-from fused_layers import math, params, routed
+from fused_layers import math, params, routed, small_case
 from moe_cases import GRAD_NAMES, Case
 from numerics import assert_matches_ref
+from replicated_ranks import ReplicatedRanks
 
 from comet_compile.kernels import fused, fused_backward, portable
 from comet_compile.kernels.experts import Needs, weight_gradients
@@ -81,3 +82,15 @@ def test_exchange(name: str) -> None:
         for what, one, ref, eager in zip(names, got, refs[:3], eagers[:3], strict=True):
             assert one is not None
             assert_matches_ref(one, ref, eager, what=f"{what} of rank {rank}")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_replicated(name: str) -> None:
+    layer = small_case(num_tokens=21, num_experts=6, hidden=72, **LAYERS[name]).on("cuda")
+    ranks = ReplicatedRanks(3, layer)
+    results = ranks.run()
+    torch.cuda.synchronize()
+    refs, eagers = expect(layer)
+    for rank, y in enumerate(results):
+        assert torch.equal(y, results[0]), f"rank {rank} differs from rank 0"
+    assert_matches_ref(results[0], refs[0], eagers[0], what="y")
