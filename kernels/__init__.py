@@ -9,7 +9,11 @@ which says for given tensors how a layer will run. `refs` is what the ops mean.
   `launch`;
 - GPUs of one machine: `fused_exchange`, made of the stages of `exchange_call`
   (`exchange_kernels`, `layer0_exchange`, `layer1_exchange`, `exchange_sums`), with `tile_order`,
-  `exchange_plan`, `workspace`, `sync`, `links`, `board`;
+  `exchange_plan`, `workspace`, `sync`, `links`, `board`; `fused_replicated` with
+  `layer1_all_reduce` where all of them have all tokens;
+- which of these a call takes: `paths`, `exchange_paths`, `replicated_paths`;
+- how it is planned: `plan`, changed by tables (`tuned`, `plan_changes`) or the cost model
+  (`cost_model`, `backward_cost`, `schedule`);
 - a fused call of a kind that ran before: `recording`, which launches it again through
   `packed_launch`, without the Python of the modules above;
 - `agreement` keeps ranks from running different plans.
