@@ -19,7 +19,7 @@ import torch
 from zoo import composed
 
 NUM_TOKENS, HIDDEN = 6, 32
-_TRAINING = 4  # every so many-th layer is captured with its backward
+_TRAINING = 10  # every so many-th layer is captured with its backward
 
 
 @dataclasses.dataclass

@@ -70,7 +70,9 @@ def _reference(
     return own
 
 
-@pytest.mark.parametrize("name", ["AfmoeExperts", "GptOssExperts"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("AfmoeExperts", marks=pytest.mark.slow), "GptOssExperts"]
+)
 def test_tokens_that_are_each_ranks_own(name: str, pair: RankPool) -> None:
     pair.run(_own_tokens, name)
 
