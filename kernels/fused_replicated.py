@@ -26,12 +26,12 @@ from comet_compile.kernels.workspace import MAX_COLUMN_BLOCKS, ReduceLayout, Wor
 
 # Columns of a block are a multiple of this, the widest tile.
 _COLUMNS = 256
-# Results below this many bytes NCCL adds up faster (benchmarks/results/all_reduce_h100.json).
+# Most smaller results NCCL adds up faster (benchmarks/results/all_reduce_h100.json).
 _MIN_BYTES = 1 << 24
 
 
 def pays(num_tokens: int, hidden: int, itemsize: int) -> bool:
-    """Return whether adding up in layer1 is at least as fast as NCCL's all-reduce after it."""
+    """Return whether a result is large enough for layer1 to keep up with NCCL's all-reduce."""
     return num_tokens * hidden * itemsize >= _MIN_BYTES
 
 

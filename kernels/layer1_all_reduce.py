@@ -14,8 +14,9 @@ block in front of it:
     block 0   multiply   push       reduce     collect
     block 1              multiply   push       reduce     collect
 
-So all but the last block travels while tiles are computed; stores to a peer are not waited for. All
-CTAs do all of it: those set apart to send lack more for tiles than they save (`exchange_plan`).
+All CTAs do all of it: those set apart to send lack more for tiles than they save (`exchange_plan`).
+To tell a peer, a CTA waits until its stores are there, so only the tiles of other CTAs hide them.
+It is about as fast as NCCL's all-reduce behind the layer (benchmarks/results/all_reduce_h100.json).
 A token has one owner, who alone adds up, in float32 and in the order of turns, and rounds once: all
 ranks get the same bits, in every run.
 
@@ -24,7 +25,8 @@ group rank ``(me + k) % P``.
 
 Why one buffer of each kind is enough: a rank writes to a peer only after that has begun the same
 call (READY), so has ended the one before; and it ends a call only with all owners' sums, when all
-have read what it pushed.
+have read what it pushed. Who has given up waiting writes to no peer any more: that may still be in
+the call before.
 
 Legend: T tokens, A experts per token, S = T*A slots, O tokens of an owner, P ranks, R tile rows, M
 tiles, L experts, H model dim, I expert intermediate dim.
@@ -148,7 +150,7 @@ def gemm_all_reduce_kernel(
                     CLOCK,
                 )  # fmt: skip
             _push_parts(
-                block, rows_ptr, row_S_ptr, weights_S_ptr, peers_ptr, parts_offset,
+                block, rows_ptr, row_S_ptr, weights_S_ptr, peers_ptr, parts_offset, abort_ptr,
                 out_ptr.dtype.element_ty, num_tokens, num_owned, me, A, H, WIDTH, P, BT, BH,
                 PRODUCT,
             )  # fmt: skip
@@ -208,11 +210,17 @@ def _wait_for_peers(
 
 
 @triton.jit
+def _is_lost(abort_ptr):
+    """Return whether a wait of this rank was in vain, by this call or an earlier one."""
+    return tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="gpu") != 0
+
+
+@triton.jit
 def _tell_peers(count_ptr, flags_offset, peers_ptr, abort_ptr, me, epoch, P: tl.constexpr):
     """Set this rank's flag at every peer, once all CTAs have stored what it stands for."""
     if count_in(count_ptr, "sys") == tl.num_programs(0) - 1:  # noqa: SIM102, as in sync.wait
         # What was summed after a wait in vain is garbage: the peers shall wait in vain too.
-        if tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="gpu") == 0:
+        if not _is_lost(abort_ptr):
             for turn in range(1, P):
                 flags = peer_pointer(peers_ptr, (me + turn) % P, flags_offset, tl.int32)
                 signal(flags + me, epoch, "sys")
@@ -226,6 +234,7 @@ def _push_parts(
     weights_S_ptr,
     peers_ptr,
     parts_offset,
+    abort_ptr,
     DTYPE: tl.constexpr,
     num_tokens,
     num_owned,
@@ -239,7 +248,7 @@ def _push_parts(
     PRODUCT: tl.constexpr,
 ):
     """Send this rank's sums of the peers' tokens; peers take turns, so that no link waits."""
-    num_tasks = (P - 1) * tl.cdiv(num_owned, BT)
+    num_tasks = tl.where(_is_lost(abort_ptr), 0, (P - 1) * tl.cdiv(num_owned, BT))
     for task in tl.range(tl.program_id(0), num_tasks, tl.num_programs(0), num_stages=1):
         turn = 1 + task % (P - 1)
         owner = (me + turn) % P
@@ -283,10 +292,10 @@ def _reduce_own(
     """Add up this rank's tokens, into its y and for all peers."""
     dtype = out_ptr.dtype.element_ty
     parts = peer_pointer(peers_ptr, me, parts_offset, dtype)
-    is_lost = tl.load(abort_ptr) != 0
-    for task in tl.range(
-        tl.program_id(0), tl.cdiv(num_owned, BT), tl.num_programs(0), num_stages=1
-    ):
+    is_lost = _is_lost(abort_ptr)
+    end_turn = tl.where(is_lost, 1, P)
+    num_tasks = tl.cdiv(num_owned, BT)
+    for task in tl.range(tl.program_id(0), num_tasks, tl.num_programs(0), num_stages=1):
         index = task * BT + tl.arange(0, BT)
         token = me * num_owned + index
         is_token = (index < num_owned) & (token < num_tokens)
@@ -302,7 +311,7 @@ def _reduce_own(
                 total += tl.load(parts + part, mask=mask, other=0.0).to(tl.float32)
             result = tl.where(is_lost, float("nan"), total).to(dtype)
             tl.store(out_ptr + place + cols[None, :], result, mask=mask)
-            for turn in range(1, P):
+            for turn in range(1, end_turn):
                 sums = peer_pointer(peers_ptr, (me + turn) % P, sums_offset, dtype)
                 tl.store(sums + place + cols[None, :], result, mask=mask)
 
@@ -326,7 +335,7 @@ def _collect_sums(
     """Copy the owners' sums to y, which the peers cannot reach."""
     dtype = out_ptr.dtype.element_ty
     sums = peer_pointer(peers_ptr, me, sums_offset, dtype)
-    is_lost = tl.load(abort_ptr) != 0
+    is_lost = _is_lost(abort_ptr)
     num_tasks = (P - 1) * tl.cdiv(num_owned, BT)
     for task in tl.range(tl.program_id(0), num_tasks, tl.num_programs(0), num_stages=1):
         owner = (me + 1 + task % (P - 1)) % P

@@ -19,7 +19,7 @@ from comet_compile.errors import PeerTimeoutError
 from comet_compile.kernels import portable
 from comet_compile.kernels.fused_replicated import column_width
 from comet_compile.kernels.refs import moe_layer_ref
-from comet_compile.kernels.workspace import MAX_COLUMN_BLOCKS, Workspace
+from comet_compile.kernels.workspace import _FLAGS_BYTES, MAX_COLUMN_BLOCKS, Workspace
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -134,3 +134,17 @@ def test_width_of_column_blocks() -> None:
         width = column_width(hidden)
         assert width % 256 == 0
         assert -(-hidden // width) <= MAX_COLUMN_BLOCKS
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_who_has_given_up_writes_to_no_peer(num_ranks: int) -> None:
+    """A peer that has not entered the call may still use its memory for the one before."""
+    ranks = ReplicatedRanks(num_ranks, small_case(num_experts=2 * num_ranks))
+    calls = ranks.calls()
+    before = ranks.workspaces[1].buffer[_FLAGS_BYTES:].clone()
+    for step in range(calls[0].num_steps):
+        for rank, call in enumerate(calls):
+            if rank != 1:
+                call.reduce(step, step + 1)
+    assert torch.equal(ranks.workspaces[1].buffer[_FLAGS_BYTES:], before)
+    assert calls[0].y_TH.isnan().all()
