@@ -10,8 +10,8 @@ Importing this module registers the name. It stands for what transformers does i
 numbers, eager too), chosen and written so that nothing breaks the graph: ranks that hold the same
 tokens mask and all-reduce, in training as in inference; ranks that hold their own exchange them by
 two all-to-alls, without the branch on an empty batch that transformers' ``"all_to_all"`` takes in
-Python. It needs a transformers that has such implementations (5.19 or newer); before, the only form
-there was is rewritten as it is.
+Python. It needs a transformers that has such implementations and is tested with 5.23.0; with older
+ones, which know one form only, that is rewritten as it is.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "comet_compile.huggingface needs transformers 5.19 or newer; what older ones do for expert "
-        "parallelism (enable_expert_parallel) is rewritten without it"
+        "comet_compile.huggingface needs a transformers with DistributedConfig.ep_implementation, "
+        "such as 5.23; what older ones do for expert parallelism is rewritten without it"
     ) from error
 
 __all__ = ["CometEP"]
+
+if not (hasattr(AllToAllEP, "_dispatch_tokens") and hasattr(AllToAllEP, "_combine_tokens")):
+    raise ImportError(
+        "comet_compile.huggingface needs transformers' AllToAllEP as in 5.23, in two halves; this "
+        "version's is written otherwise"
+    )
 
 
 class _OneGraphAllToAll(AllToAllEP):

@@ -12,8 +12,8 @@ A table is a JSON file that ``comet tune`` writes, for one kind of GPU and one T
 Tables are looked up in this order: the file that COMET_TUNED names, the one in the user's cache
 directory, those shipped in the package. COMET_TUNED=0 switches all of them off. A file that cannot
 be used (broken, from another device or Triton, with changes that no kernel can run) is named in a
-warning, and the next source is asked; without any, the plan is the rule's. A shipped table of
-another Triton than the one installed is nobody's mistake, and passed over in silence. A process
+warning, and the next source is asked; without any, the plan is the rule's. A shipped table that
+cannot be used, being of another Triton, is nobody's mistake and passed over in silence. A process
 reads a file once. Ranks of a group use tables only if all have the same (`digest`, see `links`).
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import joint_graphs
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,8 +25,8 @@ from zoo.hf_families import NUM_EXPERTS, Layer
 STEPS = ((12, 12), (12, 7), (5, 0), (0, 9))
 
 
-def _shared_out(layer: Layer, rank: int, world_size: int) -> Layer:
-    """Return the layer with this rank's experts, reached as transformers would."""
+def _shared_out(layer: Layer, rank: int, world_size: int, way: Any = None) -> Layer:
+    """Return the layer with this rank's experts, reached as transformers would; `way`: not ours."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from comet_compile.huggingface import CometEP
@@ -38,7 +39,7 @@ def _shared_out(layer: Layer, rank: int, world_size: int) -> Layer:
         setattr(experts, name, nn.Parameter(mine))
     experts.num_experts, experts._is_expert_parallel = count, True
     grid = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("ep", "tp"))
-    experts.forward = CometEP(experts, grid["ep"], grid["tp"]).__call__
+    experts.forward = (way or CometEP)(experts, grid["ep"], grid["tp"]).__call__
     return layer
 
 
@@ -109,3 +110,16 @@ def _shared_tokens(rank: int, world_size: int) -> None:
         )
         harness.assert_rewritten(outcome, 1, train=train)
     dist.barrier()
+
+
+def test_transformers_own_way_breaks_the_graph() -> None:
+    """If this fails, the README can stop sending users of "all_to_all" to "comet"."""
+    from transformers.distributed.expert_parallel import AllToAllEP
+
+    (family,) = (one for one in hf_families.families() if one.name == "AfmoeExperts")
+    with joint_graphs.fake_group(2):
+        layer = _shared_out(hf_families.layer(family), 0, 2, AllToAllEP)
+        with harness.fresh_compilation(), torch.no_grad():
+            compiled = torch.compile(layer, backend=harness.BACKEND, fullgraph=True)
+            with pytest.raises(Exception, match="Could not guard on data-dependent"):
+                compiled(hf_families.tokens())
