@@ -40,7 +40,6 @@ def doctor() -> None:
         if topic and fact.topic != topic:
             table.add_section()
         shown = fact.topic if fact.topic != topic else ""
-        # escaping: a path or a variable may hold what rich takes for markup
         # Text: a path or a variable may hold what rich takes for markup
         table.add_row(shown, Text(fact.name), Text(fact.value, style=_TONES[fact.tone]))
         topic = fact.topic
