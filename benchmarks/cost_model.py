@@ -244,8 +244,42 @@ def page(rows: Sequence[Row]) -> str:
             "## Kernels of backwards, one GPU with half of the experts",
             "",
             *_plain_table(measured_backward_kernels()),
+            "## The split, beside every other one",
+            "",
+            *_splits(),
         )
     )
+
+
+def _splits(path: Path = RESULTS / "best_split_h100.json") -> list[str]:
+    """Return what planned splits lose to the best that an exhaustive search has found."""
+    document = json.loads(path.read_text())
+    rows = document["rows"]
+    losses = [row["planned_us"] / row["best_us"] - 1 for row in rows]
+    worst = max(range(len(rows)), key=losses.__getitem__)
+    name = f"{rows[worst]['shape']}/{rows[worst]['tokens']}"
+    return [
+        f"[{path.name}]({path.name}), {document['device']}, {document['date']}, commit "
+        f"`{document['commit']}`: `{document['command']}`. CTAs that fetch / CTAs that send beside "
+        "the tiles / part of the own tiles that lead; microseconds, both timed again in turns. The "
+        f"planned split takes {100 * statistics.median(losses):.1f} % longer than the best of the "
+        f"grid in the median, {100 * losses[worst]:.1f} % at worst ({name}).",
+        "",
+        "| layer | planned | us | best of the grid | us | longer | tried |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['shape']}/{row['tokens']} | {_split(row['planned'])} "
+            f"| {row['planned_us']:.0f} "
+            f"| {_split(row['best'])} | {row['best_us']:.0f} | {100 * loss:+.1f} % "
+            f"| {row['tried']} |"
+            for row, loss in zip(rows, losses, strict=True)
+        ),
+        "",
+    ]
+
+
+def _split(fields: dict[str, Any]) -> str:
+    return f"{fields['num_fetchers']} / {fields['num_senders']} / {fields['lead']:.2f}"
 
 
 def _plain_table(rows: Sequence[Row]) -> list[str]:
