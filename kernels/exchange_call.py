@@ -27,7 +27,14 @@ from comet_compile.kernels.exchange_sums import sum_own_kernel
 from comet_compile.kernels.expert_weights import view_weight
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.fused import with_dense_biases
-from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
+from comet_compile.kernels.launch import (
+    descriptor,
+    div_up,
+    full_grid,
+    launch,
+    launch_together,
+    power_of_2,
+)
 from comet_compile.kernels.layer0_exchange import dispatch_gemm_act_kernel
 from comet_compile.kernels.layer1 import TRITON_DTYPES
 from comet_compile.kernels.layer1_exchange import gemm_combine_kernel
@@ -208,7 +215,7 @@ class ExchangeCall:
         scaled = self.weights_S is not None and self.math.weight_place != "after"
         first_bias, second_bias = layer0.bias_pointers(params, projection)
         block_h = power_of_2(self.hidden)
-        launch(
+        launch_together(
             dispatch_gemm_act_kernel,
             full_grid(tiles.num_programs),
             self.tokens,
@@ -314,7 +321,7 @@ class ExchangeCall:
         view = view_weight(first_LKH)
         second = None if second_LKH is None else view_weight(second_LKH)
         assert second is None or second.k_contiguous == view.k_contiguous, "by view_in_projection"
-        launch(
+        launch_together(
             gemm_combine_kernel,
             full_grid(tiles.num_programs),
             descriptor(rows_RK, rows_RK.shape, rows_RK.stride(), (tiles.block_m, tiles.block_k)),

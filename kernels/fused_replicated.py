@@ -17,7 +17,7 @@ from torch import Tensor
 from comet_compile.kernels.expert_weights import view_weight
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.fused import compute_hidden, with_dense_biases
-from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch
+from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch_together
 from comet_compile.kernels.layer1 import TRITON_DTYPES
 from comet_compile.kernels.layer1_all_reduce import MORE_STEPS, gemm_all_reduce_kernel
 from comet_compile.kernels.plan import Plan, read_device
@@ -106,7 +106,7 @@ class ReplicatedCall:
         block_h = min(8 * threads, self.width & -self.width)
         # before sm_90 registers are scarce: a flattened GEMM takes fewer, a sum of fewer rows too
         flat, elements = (False, 32) if self.bulk else (tiles.flat, 8)
-        launch(
+        launch_together(
             gemm_all_reduce_kernel,
             full_grid(tiles.num_programs),
             descriptor(h_RI, h_RI.shape, h_RI.stride(), (tiles.block_m, tiles.block_k)),

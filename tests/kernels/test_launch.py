@@ -9,8 +9,16 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from comet_compile.kernels import launch as launching
 from comet_compile.kernels import recording
-from comet_compile.kernels.launch import descriptor, div_up, full_grid, launch, power_of_2
+from comet_compile.kernels.launch import (
+    descriptor,
+    div_up,
+    full_grid,
+    launch,
+    launch_together,
+    power_of_2,
+)
 
 GRID = full_grid(3)
 
@@ -37,6 +45,20 @@ def test_a_launch_goes_to_triton_as_it_is() -> None:
         launch(kernel, GRID, "a", size, SECOND=2, FIRST=1, num_warps=4)
     options = {"FIRST": 1, "SECOND": 2, "num_warps": 4}
     assert kernel.launches == [(GRID, ("a", size), options) for size in (10, 20)]
+
+
+def test_ctas_that_wait_for_each_other_are_never_more_than_can_run_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "_num_multiprocessors", lambda index: 132)
+    kernel = Kernel()
+    launch_together(kernel, full_grid(66, 2), "a", num_warps=4)
+    assert kernel.launches == [((66, 2, 1), ("a",), {"num_warps": 4})]
+    with pytest.raises(RuntimeError, match="133 CTAs that wait for each other, and only 132"):
+        launch_together(kernel, full_grid(133), "a", num_warps=4)
+    assert len(kernel.launches) == 1
 
 
 def test_a_recording_is_told_of_a_launch_once_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
