@@ -199,6 +199,66 @@ def tune(
     help="Tokens of one rank.",
 )
 @click.option(
+    "--ep",
+    type=click.IntRange(min=2),
+    default=2,
+    show_default=True,
+    help="Ranks that share the experts, started by torchrun.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    multiple=True,
+    default=(Path("comet_trace.json"), Path("comet_trace.html")),
+    show_default=True,
+    help="File to write: .json for Perfetto, .html for a picture. May be repeated.",
+)
+def trace(
+    shapes: str | None, model: str | None, tokens: int, ep: int, out: tuple[Path, ...]
+) -> None:
+    """Measure what every CTA of every rank does in a forward: multiply, fetch, send, wait.
+
+    Runs a layer of random weights with kernels that note the time. To be started by torchrun:
+
+    torchrun --nproc-per-node 2 --no-python comet trace --shapes 2048x768x128x8
+    """
+    from comet_compile.targets import load_config
+
+    if (shapes is None) == (model is None):
+        raise click.UsageError("give one of --shapes and --model")
+    try:
+        from comet_compile import tracer, tuner
+    except ImportError as error:
+        raise click.ClickException(f"comet trace needs Triton ({error})") from error
+    from comet_compile.layer_sizes import parse_sizes, sizes_of_config
+
+    try:
+        sizes = parse_sizes(shapes) if shapes else sizes_of_config(load_config(str(model)))
+        (job,) = tuner.jobs_for([sizes], [tokens], ep, ["forward"], gated=True)
+        tracer.show(job.size, tuner.join_ranks(ep, "trace"), out)
+    except (CometError, ImportError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.option(
+    "--shapes",
+    metavar="HxIxExK",
+    help="Sizes of a layer: hidden x intermediate x experts x top-k, such as 2048x768x128x8.",
+)
+@click.option(
+    "--model",
+    metavar="CONFIG",
+    help="A Hugging Face config: a config.json, its folder, or a model type such as qwen3_moe.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    help="Tokens of one rank.",
+)
+@click.option(
     "--ranks",
     type=click.IntRange(min=1),
     multiple=True,
@@ -217,7 +277,9 @@ def tune(
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write what every CTA does, by the first combination, to this file, for Perfetto.",
+    multiple=True,
+    help="Write what every CTA does, by the first combination, to this file: .json for Perfetto, "
+    ".html for a picture. May be repeated.",
 )
 @click.option(
     "--direction",
@@ -240,7 +302,7 @@ def simulate(
     ranks: tuple[int, ...],
     link: tuple[float, ...],
     hot: tuple[float, ...],
-    trace: Path | None,
+    trace: tuple[Path, ...],
     direction: str,
 ) -> None:
     """Predict a layer between H100s: its phases, what bounds them, what is hidden.

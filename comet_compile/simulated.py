@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +19,9 @@ from comet_compile.kernels.cost_model import (
     predict,
     total_us,
 )
-from comet_compile.kernels.schedule import Schedule, simulate
+from comet_compile.kernels.schedule import simulate
 from comet_compile.layer_sizes import LayerSizeError, Sizes
+from comet_compile.schedule_files import check_names, kind_shares, write_schedule
 
 __all__ = ["shown", "sweep_table", "timeline"]
 
@@ -40,13 +39,14 @@ def shown(
     links: Sequence[float],
     hots: Sequence[float],
     direction: str = "forward",
-    trace: Path | None = None,
+    traces: Sequence[Path] = (),
 ) -> None:
     """Print the timeline of the first combination and a line for each.
 
-    The first is also played through CTA by CTA, if it is a forward between ranks; `trace` is given
-    that.
+    The first is also played through CTA by CTA, if it is a forward between ranks; `traces` are
+    given that, as by `write_schedule`.
     """
+    check_names(traces)
     hidden, inter, experts, top_k = sizes
     for num in ranks:
         if num > experts:
@@ -58,23 +58,19 @@ def shown(
         for num, link, hot in itertools.product(ranks, links, hots)
     ]
     console = Console()
-    console.print(
-        f"predicted, not measured: {experts} experts of {hidden} x {inter}, top-{top_k}, "
-        f"{tokens} tokens a rank, {direction}, {H100.name}",
-        soft_wrap=True,
-    )
+    layer = f"{experts} experts of {hidden} x {inter}, top-{top_k}, {tokens} tokens a rank"
+    console.print(f"predicted, not measured: {layer}, {direction}, {H100.name}", soft_wrap=True)
     load, machine = cases[0]
     phases_of = PREDICTED[direction]
     console.print(timeline(load, phases_of(load, machine)))
     if direction == "forward" and load.ranks > 1:
         schedule = simulate(load, machine)
         console.print(f"played through: {schedule.total_us:.0f} us; of the CTAs' time of rank 0,")
-        shares = schedule.shares(0).items()
-        console.print("  " + ", ".join(f"{kind} {100 * part:.1f} %" for kind, part in shares))
-        if trace is not None:
-            trace.write_text(json.dumps(chrome_trace(schedule)))
-            console.print(f"wrote {trace}, which ui.perfetto.dev opens", soft_wrap=True)
-    elif trace is not None:
+        console.print(f"  {kind_shares(schedule, 0)}")
+        for path in traces:
+            write_schedule(schedule, path, f"{layer}, {_ranks(load)}", "simulated")
+            console.print(f"wrote {path}", soft_wrap=True)
+    elif traces:
         raise LayerSizeError("--trace shows a forward between ranks; give --ranks 2 or more first")
     console.print(sweep_table(cases, direction))
     uneven = [str(num) for num in ranks if experts % num]
@@ -108,27 +104,6 @@ def timeline(load: Load, phases: Sequence[Phase]) -> Table:
         )
         begin += phase.us
     return table
-
-
-def chrome_trace(schedule: Schedule) -> dict[str, Any]:
-    """Return a schedule as Perfetto reads it: a process per rank, a lane per CTA."""
-    events: list[dict[str, Any]] = []
-    for rank in sorted({span.rank for span in schedule.spans}):
-        name = {"name": f"rank {rank} (simulated)"}
-        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": name})
-    for span in schedule.spans:
-        events.append(
-            {
-                "ph": "X",
-                "name": span.name,
-                "cat": span.kind,
-                "pid": span.rank,
-                "tid": schedule.num_ctas if span.cta is None else span.cta,
-                "ts": round(span.begin, 3),
-                "dur": round(span.end - span.begin, 3),
-            }
-        )
-    return {"traceEvents": events, "displayTimeUnit": "ns"}
 
 
 def sweep_table(cases: Sequence[tuple[Load, Machine]], direction: str = "forward") -> Table:

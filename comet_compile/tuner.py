@@ -93,15 +93,15 @@ def jobs_for(
     return list(jobs.values())
 
 
-def join_ranks(ranks: int) -> Any:
+def join_ranks(ranks: int, command: str = "tune") -> Any:
     """Return the group of `ranks` processes that torchrun started, None for one."""
     if not torch.cuda.is_available():
-        raise TuningError("comet tune measures on an NVIDIA GPU, and this machine shows none")
+        raise TuningError(f"comet {command} measures on an NVIDIA GPU, and this machine shows none")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != ranks:
         raise TuningError(
             f"--ep {ranks} needs as many processes, and there is {started}; start them by\n"
-            f"  torchrun --nproc-per-node {ranks} --no-python comet tune --ep {ranks} ..."
+            f"  torchrun --nproc-per-node {ranks} --no-python comet {command} --ep {ranks} ..."
         )
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ranks == 1:

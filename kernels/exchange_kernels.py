@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from comet_compile.kernels.stamps import FETCHES, IDLES, IN_LAYER0, IN_PUBLISH, OTHERWISE, stamp
 from comet_compile.kernels.sync import (
     ROUTING_OF_PEER,
     TOKENS_OF_PEER,
@@ -66,15 +67,18 @@ def publish_tokens_kernel(
     stride_x,
     stride_grad,
     me,
+    trace_ptr,  # `stamps`, or None
     A: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
+    CLOCK: tl.constexpr,
 ):
     """Grid: any number of programs, each taking every num_programs-th block of BT tokens."""
     pid = tl.program_id(0)
+    stamp(trace_ptr, IN_PUBLISH, OTHERWISE, pid, CLOCK)
     for block in tl.range(pid, tl.cdiv(num_tokens, BT), tl.num_programs(0)):
         token = block * BT + tl.arange(0, BT)
         is_token = token < num_tokens
@@ -105,6 +109,7 @@ def publish_tokens_kernel(
         for turn in range(1, P):
             ready = peer_pointer(peers_ptr, (me + turn) % P, ready_offset, tl.int32)
             signal(ready + me, epoch, "sys")
+    stamp(trace_ptr, IN_PUBLISH, IDLES, pid, CLOCK)
 
 
 @triton.jit
@@ -189,6 +194,7 @@ def pull_tokens(
     fetched_ptr,  # [P] int32, blocks fetched of each turn; None: nobody waits for them
     me,
     C,
+    trace_ptr,
     A: tl.constexpr,
     L: tl.constexpr,
     H: tl.constexpr,
@@ -196,6 +202,7 @@ def pull_tokens(
     BT: tl.constexpr,
     BH: tl.constexpr,
     ROWS: tl.constexpr,
+    CLOCK: tl.constexpr,
 ):
     """Fetch, turn by turn, the peers' tokens that an expert here wants, in blocks of BT.
 
@@ -204,6 +211,7 @@ def pull_tokens(
     """
     cols = tl.arange(0, BH)
     for turn in range(1, P):
+        stamp(trace_ptr, IN_LAYER0, FETCHES, turn, CLOCK)
         num_tokens = tl.load(num_tokens_P_ptr + turn)
         source = peer_pointer(
             peers_ptr, (me + turn) % P, tokens_offset, tokens_ptr.dtype.element_ty
@@ -248,12 +256,12 @@ def fetch_tokens_kernel(
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
     pull_tokens(
         pid, num_programs, peers_ptr, grads_offset, grads_ptr, ids_S_ptr, num_tokens_P_ptr, None,
-        me, C, A, L, H, P, BT, BH, ROWS,
+        me, C, None, A, L, H, P, BT, BH, ROWS, False,
     )  # fmt: skip
     if tokens_ptr is not None:
         pull_tokens(
             pid, num_programs, peers_ptr, tokens_offset, tokens_ptr, ids_S_ptr, num_tokens_P_ptr,
-            None, me, C, A, L, H, P, BT, BH, ROWS,
+            None, me, C, None, A, L, H, P, BT, BH, ROWS, False,
         )  # fmt: skip
 
 

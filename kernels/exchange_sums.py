@@ -17,6 +17,15 @@ import triton
 import triton.language as tl
 
 from comet_compile.kernels.exchange_kernels import peer_pointer
+from comet_compile.kernels.stamps import (
+    IDLES,
+    IN_LAYER1,
+    IN_SUMS,
+    OTHERWISE,
+    SENDS,
+    WAITS,
+    stamp,
+)
 from comet_compile.kernels.sync import OWN_ROWS, PARTS_OF_PEER, count_in, signal, wait
 
 _PARTS = tl.constexpr(PARTS_OF_PEER)
@@ -76,6 +85,7 @@ def push_sums(
     deadline,
     me,
     C,
+    trace_ptr,
     A: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
@@ -90,6 +100,7 @@ def push_sums(
     A token that no expert here wants is not sent: its owner knows which ranks it asked.
     """
     epoch = tl.load(epoch_ptr) + 1
+    stamp(trace_ptr, IN_LAYER1, WAITS, me, CLOCK)
     if CLOCK:
         wait(
             done_ptr, tl.num_programs(0), abort_ptr, message_ptr, deadline, _ROWS, me, epoch,
@@ -109,6 +120,7 @@ def push_sums(
         sums += (P - turn) * C * tl.full((), H, tl.int64)
         block = tl.atomic_add(task_P_ptr + turn, 1, sem="relaxed")
         while block < num_blocks:
+            stamp(trace_ptr, IN_LAYER1, SENDS, block, CLOCK)
             following = tl.atomic_add(task_P_ptr + turn, 1, sem="relaxed")
             for step in range(STEPS):
                 token = block * BLOCK + step * BT + tl.arange(0, BT)
@@ -147,6 +159,7 @@ def sum_own_kernel(
     num_tokens,
     me,
     C,
+    trace_ptr,  # `stamps`, or None
     A: tl.constexpr,
     L: tl.constexpr,
     H: tl.constexpr,
@@ -163,6 +176,7 @@ def sum_own_kernel(
     epoch = tl.load(epoch_ptr) + 1
     for turn in range(1, P):
         source = (me + turn) % P
+        stamp(trace_ptr, IN_SUMS, WAITS, source, CLOCK)
         wait(
             arrived_ptr + source,
             epoch,
@@ -176,6 +190,7 @@ def sum_own_kernel(
             CLOCK,
         )
     is_lost = tl.load(abort_ptr) != 0
+    stamp(trace_ptr, IN_SUMS, OTHERWISE, tl.program_id(0), CLOCK)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BT), tl.num_programs(0)):
         token = block * BT + tl.arange(0, BT)
         is_token = token < num_tokens
@@ -202,6 +217,7 @@ def sum_own_kernel(
                 total.to(out_ptr.dtype.element_ty),
                 mask=is_token[:, None] & is_column,
             )
+    stamp(trace_ptr, IN_SUMS, IDLES, tl.program_id(0), CLOCK)
     if count_in(done_ptr, "gpu") == tl.num_programs(0) - 1:
         tl.store(done_ptr, 0)
         tl.store(epoch_ptr, epoch)

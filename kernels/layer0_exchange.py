@@ -18,6 +18,7 @@ import triton.language as tl
 
 from comet_compile.kernels.exchange_kernels import pull_tokens, wait_for_turns
 from comet_compile.kernels.layer0 import compute_tile, tile_in_parts
+from comet_compile.kernels.stamps import IDLES, IN_LAYER0, MULTIPLIES, WAITS, stamp
 from comet_compile.kernels.sync import PATIENCE, keep_pace_in_parts
 
 
@@ -55,6 +56,7 @@ def dispatch_gemm_act_kernel(
     me,
     num_fetchers,
     C,
+    trace_ptr,  # `stamps`, or None
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,
@@ -87,12 +89,12 @@ def dispatch_gemm_act_kernel(
     if is_fetcher:
         pull_tokens(
             pid, num_fetchers, peers_ptr, tokens_offset, tokens_ptr, ids_S_ptr, num_tokens_P_ptr,
-            fetched_ptr, me, C, TOP_K, L, H, P, BT, BH, ROWS,
+            fetched_ptr, me, C, trace_ptr, TOP_K, L, H, P, BT, BH, ROWS, CLOCK,
         )  # fmt: skip
         if grads_ptr is not None:
             pull_tokens(
                 pid, num_fetchers, peers_ptr, grads_offset, grads_ptr, ids_S_ptr, num_tokens_P_ptr,
-                None, me, C, TOP_K, L, H, P, BT, BH, ROWS,
+                None, me, C, trace_ptr, TOP_K, L, H, P, BT, BH, ROWS, CLOCK,
             )  # fmt: skip
 
     num_m, first = tl.load(num_tiles_ptr), tl.load(lead_ptr)
@@ -111,14 +113,19 @@ def dispatch_gemm_act_kernel(
             patience = keep_pace_in_parts(arrive_ptr, tile, split, num_tiles, GROUP_M, patience)
             tile_m = tl.load(tile_M_ptr + index)
             turns = tl.load(turn_M_ptr + index) + 1
+            if trace_ptr is not None:  # noqa: SIM102, else it is asked without a trace, too
+                if turns > arrived:
+                    stamp(trace_ptr, IN_LAYER0, WAITS, turns - 1, CLOCK)
             wait_for_turns(
                 arrived, turns, num_tokens_P_ptr, fetched_ptr, epoch_ptr, abort_ptr, message_ptr,
                 deadline, me, P, BT, CLOCK,
             )  # fmt: skip
             arrived = tl.maximum(arrived, turns)
+            stamp(trace_ptr, IN_LAYER0, MULTIPLIES, tile, CLOCK)
             compute_tile(
                 tile_m, start_n, tokens_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr,
                 first_row_M_ptr, weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, H,
                 stride_bias, alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED,
                 KIND, GATED, UP_FIRST, CLAMP, SCALE,
             )  # fmt: skip
+    stamp(trace_ptr, IN_LAYER0, IDLES, num_tiles, CLOCK)

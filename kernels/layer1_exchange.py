@@ -24,6 +24,7 @@ import triton.language as tl
 from comet_compile.kernels.exchange_sums import push_sums
 from comet_compile.kernels.layer0 import tile_in_parts
 from comet_compile.kernels.layer1 import multiply_tile
+from comet_compile.kernels.stamps import IDLES, IN_LAYER1, MULTIPLIES, stamp
 from comet_compile.kernels.sync import count_in, finish_bulk_stores
 
 
@@ -56,6 +57,7 @@ def gemm_combine_kernel(
     me,
     num_senders,
     C,
+    trace_ptr,  # `stamps`, or None
     A: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,
@@ -91,6 +93,7 @@ def gemm_combine_kernel(
             start = tl.where(is_sender, num_tiles, split + pid - num_senders)
             stop, step = num_tiles, num_programs - num_senders
         for tile in tl.range(start, stop, step, flatten=FLAT):
+            stamp(trace_ptr, IN_LAYER1, MULTIPLIES, tile, CLOCK)
             index, start_n = tile_in_parts(tile, first, num_m, num_n, GROUP_M, BN)
             tile_m = tl.load(tile_M_ptr + num_m - 1 - index)
             acc = multiply_tile(
@@ -104,5 +107,6 @@ def gemm_combine_kernel(
     push_sums(
         rows_ptr, row_S_ptr, weights_S_ptr, num_tokens_P_ptr, peers_ptr, sums_offset,
         arrived_offset, task_P_ptr, done_ptr, sent_ptr, epoch_ptr, abort_ptr, message_ptr, deadline,
-        me, C, A, H, P, BT, BH, STEPS, PRODUCT, CLOCK,
+        me, C, trace_ptr, A, H, P, BT, BH, STEPS, PRODUCT, CLOCK,
     )  # fmt: skip
+    stamp(trace_ptr, IN_LAYER1, IDLES, num_tiles, CLOCK)

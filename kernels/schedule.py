@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from comet_compile.kernels.cost_model import (
     USUAL_FETCHERS,
@@ -100,6 +100,28 @@ def simulate(
             spans.append(Span(rank, None, WAIT, "peers' sums", sent[rank], begin))
         spans.append(Span(rank, None, OTHER, "sums", begin, begin + before["sums"]))
     return Schedule(spans, machine.device.num_sms)
+
+
+def overlap_of(spans: Iterable[Span], rank: int, num_ctas: int) -> float:
+    """Return which part of a rank's communication is hidden, 1 if there is none.
+
+    At a moment in which some of its CTAs fetch or send, as much is hidden as of the others
+    multiply: all of them, and the links cost nothing but the CTAs they were given.
+    """
+    changes: list[tuple[float, int, int]] = []
+    for span in spans:
+        if span.rank != rank or span.kind not in (FETCH, SEND, MULTIPLY):
+            continue
+        moves, multiplies = (0, 1) if span.kind == MULTIPLY else (1, 0)
+        changes += [(span.begin, moves, multiplies), (span.end, -moves, -multiplies)]
+    moving = multiplying = 0
+    before = total = hidden = 0.0
+    for time, moves, multiplies in sorted(changes):
+        if moving:
+            total += time - before
+            hidden += (time - before) * multiplying / max(1, num_ctas - moving)
+        before, moving, multiplying = time, moving + moves, multiplying + multiplies
+    return hidden / total if total else 1.0
 
 
 class _Rank:

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-ROUTING_OF_PEER, TOKENS_OF_PEER, PARTS_OF_PEER, OWN_ROWS, ENTRY_OF_PEER, SUMS_OF_OWNER = range(1, 7)
+ROUTING_OF_PEER, TOKENS_OF_PEER, PARTS_OF_PEER, OWN_ROWS = range(1, 5)
+ENTRY_OF_PEER, SUMS_OF_OWNER, CLOCK_OF_PEER = range(5, 8)
 PHASES = {
     ROUTING_OF_PEER: "dispatch: the tokens and routing of the peer",
     TOKENS_OF_PEER: "layer0: the peer's tokens, fetched by this rank",
@@ -27,6 +28,7 @@ PHASES = {
     PARTS_OF_PEER: "combine: the peer's sums for this rank's tokens",
     ENTRY_OF_PEER: "all-reduce: the peer's entry into the call",
     SUMS_OF_OWNER: "all-reduce: the sums over all ranks of the peer's tokens",
+    CLOCK_OF_PEER: "trace: the peer's timer, to compare with",
 }
 
 MESSAGE_FIELDS = 4  # phase, peer, epoch, value seen

@@ -83,6 +83,7 @@ MAX_COLUMN_BLOCKS = 4  # of an all-reduce, which has flags for each
 _READY, _ARRIVED, _SCORED, _PARTS = (4 * _MAX_RANKS * place for place in range(4))
 _SUMS = _PARTS + 4 * _MAX_RANKS * MAX_COLUMN_BLOCKS
 _NUM_TOKENS = _SUMS + 4 * _MAX_RANKS * MAX_COLUMN_BLOCKS
+_CLOCK = _NUM_TOKENS + _ALIGNMENT // 2
 _FLAGS_BYTES = _NUM_TOKENS + _ALIGNMENT
 
 
@@ -90,7 +91,10 @@ class Workspace:
     """A symmetric allocation of one group, with the flags and counters of its calls."""
 
     READY, ARRIVED, SCORED, NUM_TOKENS = _READY, _ARRIVED, _SCORED, _NUM_TOKENS
-    PARTS, SUMS = _PARTS, _SUMS
+    PARTS, SUMS, CLOCK = _PARTS, _SUMS, _CLOCK
+    trace: Tensor | None = None
+    """Where the kernels of the calls to come note what they do (`stamps`)."""
+    clocks_read = 0
 
     def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
         # NVLink multicast is neither used nor asked for.

@@ -149,7 +149,9 @@ def compile_backward(capability: int, model: Model, num_tokens: int) -> list[Com
     return compiled
 
 
-def compile_exchange(capability: int, model: Model, num_tokens: int) -> list[Compiled]:
+def compile_exchange(
+    capability: int, model: Model, num_tokens: int, *, traced: bool = False
+) -> list[Compiled]:
     """Compile what a rank of two launches for at most `num_tokens` tokens."""
     layer = Layer.of(model, num_tokens, num_ranks=2, biases=model.biases)
     args = layer.params, layer.math
@@ -157,6 +159,8 @@ def compile_exchange(capability: int, model: Model, num_tokens: int) -> list[Com
     plan = exchange_plan.plan_exchange(*args, model.top_k, capacity, 2, 0)
     layout = Layout.of(capacity, model.top_k, model.hidden, 2, 2)
     workspace = LocalWorkspace(layout.num_bytes, 0, 2, "meta")
+    if traced:
+        workspace.trace = empty(1000, dtype=torch.int64)
     call = exchange_call.ExchangeCall(layer.routed, *args, plan, workspace, 60.0)
     with compiling_for(capability) as compiled:
         call.publish()
@@ -291,6 +295,15 @@ def test_exchange_compiles_without_a_spill(
         {**REGISTERS_BY_KERNEL, **dict(zip(gemms, registers, strict=True))},
         {"dispatch_gemm_act": OLD_DEVICE_BYTES} if capability < 90 else {},
     )
+
+
+def test_traced_exchange_compiles_without_a_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (exchange_plan, exchange_call):
+        monkeypatch.setattr(module, "read_device", lambda index: DEVICES[90])
+    compiled = compile_exchange(90, MODELS["qwen3_30b"], 4096, traced=True)
+    gemms = {"dispatch_gemm_act": 255, "gemm_combine": 255}
+    ceilings = {**REGISTERS_BY_KERNEL, **gemms, "publish_tokens": 48, "sum_own": 72}
+    assert_within(compiled, 90, ceilings, {})
 
 
 @pytest.mark.parametrize(("capability", "num_tokens"), [(90, 64), (90, 8192), (100, 8192)])
