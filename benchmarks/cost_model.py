@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -27,12 +26,13 @@ from moe_layer import load_package
 from comet_compile.kernels.backward_cost import predict_backward
 from comet_compile.kernels.cost_model import H100, Load, Machine, Phase, overlap, predict, total_us
 from comet_compile.kernels.schedule import simulate
+from comet_compile.machine_fit import BACKWARD, FORWARD, LINKED, descend
 
 load_package()
 from moe_bench.shapes import SHAPES  # type: ignore[import-not-found]  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FITTED = ("gemm_tf", "row_gemm_tf", "memory_tb", "hide", "fixed_us", "sync_us")
+FITTED = (*FORWARD, *LINKED)
 DEVICE = "H100"
 
 
@@ -85,8 +85,6 @@ BACKWARD_KERNELS = {
     "tokens": ("gemm_rows",),
     "sums": ("sum_slots",),
 }
-# the numbers of the machine that only the backward depends on
-FITTED_BACKWARD = ("hidden_gemm_tf", "weight_gemm_tf")
 
 
 def measured_backward_kernels(path: Path = RESULTS / "kernels_backward_h100.json") -> list[Row]:
@@ -159,11 +157,6 @@ def _load(suite: str, shape: str, tokens: int, skew: list[str], ranks: int) -> L
     return Load(sizes.hidden, sizes.inter, sizes.num_experts, sizes.top_k, tuple(each), hot)
 
 
-def loss(machine: Machine, rows: Sequence[Row]) -> float:
-    """Return the sum of squared log ratios of predicted to measured."""
-    return sum(math.log(row.predicted(machine) / row.us) ** 2 for row in rows)
-
-
 def fit(rows: Sequence[Row], start: Machine = H100) -> Machine:
     """Return the machine whose forward numbers predict `rows` and their kernels best."""
     shapes = {row.shape for row in rows}
@@ -173,24 +166,7 @@ def fit(rows: Sequence[Row], start: Machine = H100) -> Machine:
 
 def fit_backward(start: Machine = H100) -> Machine:
     """Return the machine whose backward numbers predict the kernels of backwards best."""
-    return descend(measured_backward_kernels(), FITTED_BACKWARD, start)
-
-
-def descend(rows: Sequence[Row], fields: Sequence[str], start: Machine) -> Machine:
-    """Return a machine that predicts `rows` best: one number at a time, ever finer."""
-    best, least = start, loss(start, rows)
-    step = 0.2
-    while step > 1e-3:
-        improved = False
-        for field in fields:
-            for factor in (1 + step, 1 / (1 + step)):
-                value: Any = getattr(best, field) * factor
-                other = dataclasses.replace(best, **{field: value})
-                if (found := loss(other, rows)) < least:
-                    best, least, improved = other, found, True
-        if not improved:
-            step /= 2
-    return best
+    return descend(measured_backward_kernels(), BACKWARD, start)
 
 
 def error(machine: Machine, row: Row) -> float:
@@ -374,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = measured()
     if args.fit:
         best = fit_backward(fit(rows))
-        for field in (*FITTED, *FITTED_BACKWARD):
+        for field in (*FITTED, *BACKWARD):
             print(f"{field}={getattr(best, field):.4g}")
         print(f"median error {_median([error(best, row) for row in rows])}")
         return 0

@@ -23,7 +23,19 @@ def main() -> None:
 
 
 @main.command()
-def doctor() -> None:
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Measure this GPU first (a minute or two), for the cost model that plans layers.",
+)
+@click.option(
+    "--ep",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --measure: ranks whose links are measured as well, started by torchrun.",
+)
+def doctor(measure: bool, ep: int) -> None:
     """Show what this machine has: versions, GPUs, communication, caches, options."""
     from rich.console import Console
     from rich.table import Table
@@ -31,6 +43,8 @@ def doctor() -> None:
 
     from comet_compile.doctor import diagnose
 
+    if measure and not _measure_machine(ep):
+        return
     table = Table(title="comet doctor", title_justify="left", show_lines=False)
     table.add_column("topic", style="dim", no_wrap=True)
     table.add_column("what", overflow="fold")
@@ -44,6 +58,18 @@ def doctor() -> None:
         table.add_row(shown, Text(fact.name), Text(fact.value, style=_TONES[fact.tone]))
         topic = fact.topic
     Console().print(table)
+
+
+def _measure_machine(ranks: int) -> bool:
+    """Measure and keep the numbers of this machine; whether this process is to go on and show."""
+    try:
+        from comet_compile import machine_probe, tuner
+    except ImportError as error:
+        raise click.ClickException(f"comet doctor --measure needs Triton ({error})") from error
+    try:
+        return machine_probe.measure_and_keep(tuner.join_ranks(ranks, "doctor --measure"))
+    except (CometError, ImportError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()

@@ -163,9 +163,9 @@ def _tuned_plans() -> Fact:
     try:
         folder = tuned_folder()
     except ImportError:
-        return Fact("compiler", "tuned plans", "platformdirs not found, so none are kept", "note")
+        return Fact("compiler", "measured here", "platformdirs not found, so none are kept", "note")
     files = sorted(path.name for path in folder.glob("*.json"))
-    return Fact("compiler", "tuned plans", f"{folder}: {', '.join(files) or 'none'}")
+    return Fact("compiler", "measured here", f"{folder}: {', '.join(files) or 'nothing'}")
 
 
 def _environment(environ: Mapping[str, str]) -> list[Fact]:

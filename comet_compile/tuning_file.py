@@ -70,7 +70,7 @@ def add_entry(
             _set_aside(path, device, say)
             kept = [one for one in entries_in(path, device) if _key(one) != _key(entry)]
             entries = sorted([*kept, entry], key=lambda one: json.dumps(_key(one)))
-            _write(path, {**_head(device), "entries": entries})
+            write_whole(path, {**head(device), "entries": entries})
     except filelock.Timeout as error:
         raise TimeoutError(
             f"another process has held {path}.lock for {_LOCK_SECONDS:g} s; if none is tuning, "
@@ -89,7 +89,8 @@ def _set_aside(path: Path, device: Device, say: Callable[[str], None]) -> None:
         say(f"{path} could not be gone on with: {error}. It is {aside.name} now.")
 
 
-def _head(device: Device) -> dict[str, Any]:
+def head(device: Device) -> dict[str, Any]:
+    """Return what every file of measured numbers begins with."""
     return {
         "format": tuned.FORMAT,
         "device": tuned.describe(device),
@@ -105,7 +106,8 @@ def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
     return entry["direction"], sorted(entry["shape"].items())
 
 
-def _write(path: Path, document: dict[str, Any]) -> None:
+def write_whole(path: Path, document: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds the old file or the new one. Raises OSError."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:

@@ -57,6 +57,8 @@ class TunedLayer:
     plan: Any
     run: Run
     """Runs all kernels of a direction with a plan and returns what they computed."""
+    run_layer0: Run | None = None
+    """Runs a local forward's kernels up to the activation."""
 
 
 def make_layer(size: LayerSize, group: Any, *, backward: bool) -> TunedLayer:
@@ -80,7 +82,11 @@ def make_layer(size: LayerSize, group: Any, *, backward: bool) -> TunedLayer:
         plan: Any = fused.plan_layer(routed, params, arithmetic, use_tables=False)
         args = routed, params, arithmetic, torch.bfloat16
         if not backward:
-            return TunedLayer(plan, lambda plan: fused.local_forward(*args, save=False, plan=plan))
+            return TunedLayer(
+                plan,
+                lambda plan: fused.local_forward(*args, save=False, plan=plan),
+                lambda plan: (fused.compute_hidden(*args[:3], plan, save=False).h_RI,),
+            )
         _, saved = fused.local_forward(*args, save=True, plan=plan)
         return TunedLayer(
             plan,

@@ -246,13 +246,6 @@ def choose_fetchers(load: Load, machine: Machine, usual: int) -> int:
     return best if times[best] < (1 - _WORTH) * times[usual] else usual
 
 
-def machine_of(device: Device) -> Machine | None:
-    """Return what is known of a device, None if nothing is."""
-    # by its name: an H800 has as many multiprocessors and other links, an H200 other memory
-    same = (device.name, device.num_sms) == (H100.device.name, H100.device.num_sms)
-    return H100 if same else None
-
-
 def total_us(phases: Sequence[Phase]) -> float:
     """Return the microseconds of all phases."""
     return sum(phase.us for phase in phases)

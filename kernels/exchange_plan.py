@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from comet_compile.kernels import cost_model, layer0, tuned
+from comet_compile.kernels import cost_model, layer0, machine_file, tuned
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.launch import div_up, power_of_2
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
@@ -54,7 +54,7 @@ def plan_exchange(
 ) -> ExchangePlan:
     """Return the plan for calls of at most `capacity` tokens per rank, the same on all ranks.
 
-    `use_tables` says that all ranks have the same tuned plans.
+    `use_tables` says that all ranks have the same tuned plans and the same measured machine.
     """
     projection = layer0.view_in_projection(params, math.activation)
     assert projection is not None, "checked by fused.why_not"
@@ -73,7 +73,7 @@ def plan_exchange(
     peers_bytes = (num_ranks - 1) * capacity * hidden * params.w_in.element_size()
     flops = (4 if gated else 2) * capacity * top_k * hidden * inter
     num_fetchers = max(1, min(cost_model.USUAL_FETCHERS, device.num_sms // 4))
-    machine = cost_model.machine_of(device)
+    machine = machine_file.machine_of(device, use_file=use_tables)
     if machine is not None and gated:
         load = cost_model.Load(
             hidden, inter, params.num_experts * num_ranks, top_k, (capacity,) * num_ranks

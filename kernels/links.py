@@ -84,8 +84,9 @@ def _connect(group: dist.ProcessGroup, device: torch.device) -> Link:
     differing = [rank for rank, one in enumerate(digests) if one != digests[0]]
     if differing and group.rank() == 0:
         warnings.warn(
-            f"comet: group ranks {differing} have other tuned plans than group rank 0, so this "
-            "group uses none; give all ranks the same file by COMET_TUNED",
+            f"comet: group ranks {differing} have other tuned plans than group rank 0, or have "
+            "measured another machine, so this group uses neither; give all ranks the same files, "
+            "or switch both off by COMET_TUNED=0",
             CometWarning,
             stacklevel=2,
         )
@@ -115,9 +116,10 @@ def _offer(device: torch.device) -> dict[str, Any]:
 
 
 def _tables(device: torch.device) -> str:
-    from comet_compile.kernels import exchange_plan, tuned
+    from comet_compile.kernels import exchange_plan, machine_file, tuned
 
-    return tuned.digest(exchange_plan.read_device(device.index or 0))
+    here = exchange_plan.read_device(device.index or 0)
+    return tuned.digest(here) + machine_file.digest(here)
 
 
 def _why_not(offers: list[Any]) -> str | None:

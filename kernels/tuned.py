@@ -91,7 +91,7 @@ class Table:
     def read(cls, path: Path, device: Device) -> Table:
         """Read a file; raises TableError."""
         document = load(path)
-        _check_provenance(document, device)
+        check_provenance(document, device)
         changes: dict[Shape, dict[str, Any]] = {}
         for number, entry in enumerate(document["entries"]):
             try:
@@ -163,46 +163,53 @@ def tables(device: Device) -> tuple[Table, ...]:
 
 def cached_file(device: Device) -> Path:
     """Return where this user's table of a device is, or would be."""
-    return tuned_folder() / _file_name(device)
+    return tuned_folder() / file_name(device)
 
 
 def shipped_file(device: Device) -> Path:
     """Return where the package's table of a device is, if it has one."""
     import comet_compile
 
-    return Path(comet_compile.__file__).parent / "tuned" / _file_name(device)
+    return Path(comet_compile.__file__).parent / "tuned" / file_name(device)
 
 
-def _file_name(device: Device) -> str:
+def file_name(device: Device) -> str:
     """``nvidia-h100-80gb-hbm3.json``."""
     return re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") + ".json"
 
 
 def load(path: Path) -> dict[str, Any]:
     """Return a table's document; raises TableError."""
-    try:
-        document = json.loads(path.read_text())
-    except OSError as error:
-        raise TableError(f"it cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise TableError(f"it is not JSON ({error})") from error
-    if not isinstance(document, dict) or not isinstance(document.get("entries"), list):
+    document = load_json(path)
+    if not isinstance(document.get("entries"), list):
         raise TableError("it has no entries, so `comet tune` has not written it")
     if document.get("format") != FORMAT:
         raise TableError(f"its format is {document.get('format')!r}, this version reads {FORMAT}")
     return document
 
 
-def _check_provenance(document: dict[str, Any], device: Device) -> None:
+def load_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises TableError."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise TableError(f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise TableError(f"it is not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise TableError("it holds no object, so comet has not written it")
+    return document
+
+
+def check_provenance(document: dict[str, Any], device: Device) -> None:
+    """Raise TableError if a document was measured on another device or with another Triton."""
     if document.get("device") != describe(device):
         raise TableError(f"it is for {document.get('device')}, this is {describe(device)}")
     versions = document.get("versions")
     measured = str(versions.get("triton")) if isinstance(versions, dict) else "unknown"
     # another Triton compiles to other registers and other schedules
     if measured.split(".")[:2] != TRITON.split(".")[:2]:
-        raise TableError(
-            f"it was measured with Triton {measured}, this is {TRITON}; run `comet tune` again"
-        )
+        raise TableError(f"it was measured with Triton {measured}, this is {TRITON}; measure again")
 
 
 def describe(device: Device) -> dict[str, Any]:

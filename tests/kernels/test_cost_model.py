@@ -23,12 +23,12 @@ from comet_compile.kernels.cost_model import (
     USUAL_FETCHERS,
     Load,
     choose_fetchers,
-    machine_of,
     overlap,
     predict,
     total_us,
 )
 from comet_compile.kernels.experts import ExpertParams, LayerMath
+from comet_compile.kernels.machine_file import machine_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QWEN3 = Load(2048, 768, 128, 8, (8192, 8192))
@@ -94,7 +94,7 @@ def test_skew_that_the_fit_has_seen_nothing_of(checked: Any) -> None:
 
 def test_the_numbers_are_those_that_fit(checked: Any) -> None:
     fitted = checked.fit_backward(checked.fit(checked.measured()))
-    for field in (*checked.FITTED, *checked.FITTED_BACKWARD):
+    for field in (*checked.FITTED, *checked.BACKWARD):
         assert getattr(H100, field) == pytest.approx(getattr(fitted, field), rel=0.01), field
 
 

@@ -111,7 +111,7 @@ def test_the_named_file_is_asked_before_the_cached_before_the_shipped(
 BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "torn": (lambda: json.dumps(document())[:-20], "it is not JSON"),
     "empty": (lambda: "", "it is not JSON"),
-    "not a table": (lambda: [1, 2], "it has no entries"),
+    "not a table": (lambda: [1, 2], "it holds no object"),
     "no entries": (lambda: document(entries=3), "it has no entries"),
     "a later format": (lambda: document(format=99), "its format is 99, this version reads 1"),
     "another device": (
