@@ -17,7 +17,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from moe_layer import load_package
 from comet_compile.kernels.backward_cost import predict_backward
 from comet_compile.kernels.cost_model import H100, Load, Machine, Phase, overlap, predict, total_us
 from comet_compile.kernels.schedule import simulate
+from comet_compile.kernels.unfused_cost import predict_unfused
 from comet_compile.machine_fit import BACKWARD, FORWARD, LINKED, descend
 
 load_package()
@@ -47,11 +48,11 @@ class Row:
     file: str
     phase: str = ""
     """The phase that was measured, all if empty."""
-    backward: bool = False
+    model: Callable[[Load, Machine], list[Phase]] = predict
 
     def predicted(self, machine: Machine) -> float:
         """Return what the model says of it, in microseconds."""
-        phases = (predict_backward if self.backward else predict)(self.load, machine)
+        phases = self.model(self.load, machine)
         return sum(one.us for one in phases if one.name.startswith(self.phase))
 
 
@@ -99,7 +100,7 @@ def measured_backward_kernels(path: Path = RESULTS / "kernels_backward_h100.json
         rows += [
             Row(
                 f"{case}/{phase}", row["shape"], load, sum(row["us"][one] for one in kernels),
-                path.name, phase, backward=True,
+                path.name, phase, model=predict_backward,
             )
             for phase, kernels in BACKWARD_KERNELS.items()
             if not row["changed"]
@@ -122,25 +123,41 @@ def measured_backwards(folder: Path = RESULTS) -> list[Row]:
                 suite, shape, tokens, *skew = case.split("/")
                 load = _load(suite, shape, int(tokens), skew, _ranks(document))
                 us = step - times[case, "forward"]
-                rows.append(Row(case, shape, load, us, name, backward=True))
+                rows.append(Row(case, shape, load, us, name, model=predict_backward))
     return sorted(rows, key=lambda row: row.case)
 
 
 def measured(folder: Path = RESULTS) -> list[Row]:
     """Return the rows of suites "local" and "ep" that were replayed on H100s, newest first kept."""
+    rows: dict[str, Row] = {}
+    for name, row, shape, load in _forwards(folder, "comet"):
+        if row["graph_ms"]:
+            us = 1e3 * row["graph_ms"]["median"]
+            rows[row["case"]] = Row(row["case"], shape, load, us, name)
+    return sorted(rows.values(), key=lambda row: row.case)
+
+
+def measured_unfused(folder: Path = RESULTS) -> list[Row]:
+    """Return the same layers under Inductor; between ranks, where they cannot be replayed, as
+    launched."""
+    rows: dict[str, Row] = {}
+    for name, row, shape, load in _forwards(folder, "inductor"):
+        us = 1e3 * (row["graph_ms"] or row["call_ms"])["median"]
+        rows[row["case"]] = Row(row["case"], shape, load, us, name, model=predict_unfused)
+    return sorted(rows.values(), key=lambda row: row.case)
+
+
+def _forwards(folder: Path, baseline: str) -> Iterator[tuple[str, dict[str, Any], str, Load]]:
+    """Yield (file, row, shape, load) of a baseline's forwards, the newest file last."""
     documents = [(json.loads(path.read_text()), path.name) for path in folder.glob("*.json")]
     documents = [d for d in documents if DEVICE in str(d[0].get("device"))]
-    rows: dict[str, Row] = {}
     for document, name in sorted(documents, key=lambda d: str(d[0].get("date"))):
         for row in document.get("rows", []):
-            if row.get("baseline") != "comet" or row.get("mode") != "forward":
+            if row.get("baseline") != baseline or row.get("mode") != "forward":
                 continue
             suite, shape, tokens, *skew = row["case"].split("/")
-            if suite in ("local", "ep") and row["graph_ms"]:
-                load = _load(suite, shape, int(tokens), skew, _ranks(document))
-                us = 1e3 * row["graph_ms"]["median"]
-                rows[row["case"]] = Row(row["case"], shape, load, us, name)
-    return sorted(rows.values(), key=lambda row: row.case)
+            if suite in ("local", "ep"):
+                yield name, row, shape, _load(suite, shape, int(tokens), skew, _ranks(document))
 
 
 def _ranks(document: dict[str, Any]) -> int:
@@ -220,6 +237,12 @@ def page(rows: Sequence[Row]) -> str:
             "## Kernels of backwards, one GPU with half of the experts",
             "",
             *_plain_table(measured_backward_kernels()),
+            "## Layers that are not fused, under Inductor",
+            "",
+            "One GPU's replayed, those between ranks as launched. By these numbers an H100 fuses "
+            "every layer.",
+            "",
+            *_plain_table(measured_unfused()),
             "## The split, beside every other one",
             "",
             *_splits(),

@@ -5,18 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from comet_compile.kernels.backward_cost import predict_backward
-from comet_compile.kernels.cost_model import Load, Machine, predict
+from comet_compile.kernels.cost_model import Load, Machine, Phase, predict
 
-__all__ = ["BACKWARD", "FORWARD", "LINKED", "Observation", "Predicts", "descend", "median_error"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "LINKED",
+    "UNFUSED",
+    "Observation",
+    "Predicts",
+    "descend",
+    "median_error",
+]
 
 FORWARD = ("gemm_tf", "row_gemm_tf", "memory_tb", "hide", "fixed_us")
 """Numbers that forwards on one GPU tell."""
 LINKED = ("sync_us",)
 """What forwards between ranks tell besides, once the links' rates are known."""
+UNFUSED = ("torch_gemm_tf", "unfused_us")
+"""Numbers that unfused layers on one GPU tell."""
 BACKWARD = ("hidden_gemm_tf", "weight_gemm_tf")
 """Numbers that only backwards depend on."""
 
@@ -38,14 +48,14 @@ class Observation:
     load: Load
     us: float
     phases: tuple[str, ...] = ()
-    backward: bool = False
+    model: Callable[[Load, Machine], list[Phase]] = predict
+    """Of what it is a layer: `predict`, `predict_backward` or `predict_unfused`."""
 
     def predicted(self, machine: Machine) -> float:
         """Return what the model says of them, in microseconds."""
-        phases = (predict_backward if self.backward else predict)(self.load, machine)
         return sum(
             one.us
-            for one in phases
+            for one in self.model(self.load, machine)
             if (one.name in self.phases if self.phases else one.name != "top-k")
         )
 

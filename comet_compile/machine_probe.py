@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from comet_compile import machine_fit
 from comet_compile.kernels import link_rates, machine_file
-from comet_compile.kernels.cost_model import H100, Load, Machine
+from comet_compile.kernels.backward_cost import predict_backward
+from comet_compile.kernels.cost_model import H100, Load, Machine, predict
 from comet_compile.kernels.plan import Device, read_device
+from comet_compile.kernels.unfused_cost import predict_unfused
 from comet_compile.kernels.workspace import workspace_for
 from comet_compile.machine_fit import Observation
 from comet_compile.tuning_file import head, write_whole
@@ -49,6 +52,13 @@ _COPIED = 64 * 2**20
 _TOPK = (1, 16384, 128, 8)
 """Fewest and most tokens, experts, top-k."""
 _REPEATS = 9
+# what is fitted to layers of each kind, one after the other
+_FITTED: dict[Any, Sequence[str | tuple[str, ...]]] = {
+    predict: machine_fit.FORWARD,
+    # whole backwards do not tell the two apart: their products are in a fixed ratio
+    predict_backward: [machine_fit.BACKWARD],
+    predict_unfused: machine_fit.UNFUSED,
+}
 
 
 def measure_machine(group: Any, device: Device, say: Say) -> tuple[Machine, float]:
@@ -56,13 +66,11 @@ def measure_machine(group: Any, device: Device, say: Say) -> tuple[Machine, floa
     measured; of several ranks all return the same."""
     rows = _observe(say)
     start = dataclasses.replace(H100, name=device.name, device=device, **_topk())
-    forward = [row for row in rows if not row.backward]
-    machine = machine_fit.descend(forward, machine_fit.FORWARD, start)
-    # whole backwards do not tell the two apart: their products are in a fixed ratio
-    backward = [row for row in rows if row.backward]
-    machine = machine_fit.descend(backward, [machine_fit.BACKWARD], machine)
+    machine = start
+    for model, fields in _FITTED.items():
+        machine = machine_fit.descend([row for row in rows if row.model is model], fields, machine)
     if group is not None and group.size() > 1:
-        machine = dataclasses.replace(machine, **_links(group, say))
+        machine = dataclasses.replace(machine, **_links(group, say), **_nccl(group, say))
         linked = _observe_exchanges(group, say)
         machine = machine_fit.descend(linked, machine_fit.LINKED, machine)
         rows += linked
@@ -94,7 +102,7 @@ def write_machine(machine: Machine, error: float, ranks: int, path: Path, device
     values = dataclasses.asdict(machine)
     names = [*machine_file.NUMBERS, *(machine_file.LINKS if ranks > 1 else ())]
     if ranks == 1:
-        names.remove("sync_us")
+        names = [name for name in names if name not in ("sync_us", "nccl_gb")]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(
         path,
@@ -121,10 +129,14 @@ def _observe(say: Say) -> list[Observation]:
             if backward and tokens < 2048:
                 continue  # latencies, which the forwards tell
             layer = make_layer(LayerSize(*sizes), None, backward=backward)
-            found.append(Observation(load, _us(layer), backward=backward))
+            model = predict_backward if backward else predict
+            found.append(Observation(load, _us(layer), model=model))
             if not backward and layer.run_layer0 is not None:
                 first = dataclasses.replace(layer, run=layer.run_layer0)
                 found.append(Observation(load, _us(first), ("tables", "layer0")))
+            if not backward and layer.run_unfused is not None:
+                unfused = dataclasses.replace(layer, run=layer.run_unfused)
+                found.append(Observation(load, _us(unfused), model=predict_unfused))
             del layer
             torch.cuda.empty_cache()
     return found
@@ -172,6 +184,20 @@ def _links(group: Any, say: Say) -> dict[str, tuple[tuple[int, float], ...]]:
             found.append((num_ctas, round(_COPIED / _us(TunedLayer(None, copy)) / 1e3, 1)))
         rates[name] = tuple(found)
     return rates
+
+
+def _nccl(group: Any, say: Say) -> dict[str, float]:
+    """Return GB/s of an even all-to-all, in each direction."""
+    say("NCCL's all-to-all")
+    sent = torch.empty(_COPIED // 2, dtype=torch.bfloat16, device="cuda")
+    received = torch.empty_like(sent)
+
+    def exchange(_: Any) -> tuple[()]:
+        dist.all_to_all_single(received, sent, group=group)
+        return ()
+
+    moved = _COPIED * (group.size() - 1) / group.size()
+    return {"nccl_gb": round(moved / _us(TunedLayer(None, exchange)) / 1e3, 1)}
 
 
 def _us(layer: TunedLayer) -> float:

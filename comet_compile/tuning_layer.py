@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from comet_compile.kernels import exchange_plan, fused, fused_backward, fused_exchange
+from comet_compile.kernels import exchange_plan, fused, fused_backward, fused_exchange, portable
 from comet_compile.kernels.activation import Activation
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Needs
 from comet_compile.kernels.launch import OutOfResources
@@ -59,6 +59,8 @@ class TunedLayer:
     """Runs all kernels of a direction with a plan and returns what they computed."""
     run_layer0: Run | None = None
     """Runs a local forward's kernels up to the activation."""
+    run_unfused: Run | None = None
+    """Runs a local forward on torch's operators."""
 
 
 def make_layer(size: LayerSize, group: Any, *, backward: bool) -> TunedLayer:
@@ -86,6 +88,7 @@ def make_layer(size: LayerSize, group: Any, *, backward: bool) -> TunedLayer:
                 plan,
                 lambda plan: fused.local_forward(*args, save=False, plan=plan),
                 lambda plan: (fused.compute_hidden(*args[:3], plan, save=False).h_RI,),
+                lambda plan: portable.local_forward(*args),
             )
         _, saved = fused.local_forward(*args, save=True, plan=plan)
         return TunedLayer(

@@ -61,6 +61,14 @@ class Machine:
     sync_us: float
     """What a call between ranks takes beside: flags that are waited for, kernels that start and
     end."""
+    torch_gemm_tf: float
+    """Teraflops of one multiprocessor in torch's grouped GEMM (`unfused_cost`)."""
+    unfused_us: float
+    """The fixed part of an unfused layer: the launches of sorting and of what surrounds it."""
+    nccl_gb: float
+    """GB/s of an all-to-all by NCCL, in each direction."""
+    host_us: float
+    """Until the host has read the splits of an all-to-all, and what it launches then has begun."""
     pull_gb: tuple[tuple[int, float], ...]
     """GB/s of fetching rows from peers, by the number of CTAs."""
     push_gb: tuple[tuple[int, float], ...]
@@ -73,6 +81,7 @@ class Machine:
             name=f"{self.name}, links x {scale:g}",
             pull_gb=_scaled(self.pull_gb, scale),
             push_gb=_scaled(self.push_gb, scale),
+            nccl_gb=scale * self.nccl_gb,
         )
 
 
@@ -95,6 +104,10 @@ H100 = Machine(
     topk_element_ns=0.044,
     fixed_us=27.3,
     sync_us=80.7,
+    torch_gemm_tf=5.67,
+    unfused_us=37.2,
+    nccl_gb=330.0,
+    host_us=976.0,
     pull_gb=((8, 85.0), (16, 161.0), (24, 227.0), (32, 280.0), (64, 301.0)),
     push_gb=((4, 123.0), (8, 185.0), (12, 316.0), (64, 343.0), (132, 349.0)),
 )

@@ -37,7 +37,7 @@ LINKS = ("pull_gb", "push_gb")
 NUMBERS = tuple(
     field.name
     for field in dataclasses.fields(Machine)
-    if field.name not in ("name", "device", *LINKS)
+    if field.name not in ("name", "device", "host_us", *LINKS)
 )
 
 

@@ -67,6 +67,8 @@ def choose_path(
     plan = portable.plan_for(form, rows=rows, hidden=params.w_in.shape[1], dtype=dtype)
     loops = on_gpu and (form == "all_to_all" or not is_grouped_dtype(dtype))
     reason = why_portable(routed, params, math)
+    if reason is None and form == "local":
+        reason = _why_slower(params, math, routed, rows // routed.ids.shape[1])
     if reason is not None:
         may_keep = form != "all_to_all"  # whose portable path computes its rows again
         return Choice(False, loops, may_keep, {**plan, "why_portable": reason})
@@ -104,6 +106,22 @@ def why_portable(routed: Routed, params: ExpertParams, math: LayerMath) -> str |
         return f"Triton cannot be imported ({error})"
 
 
+def _why_slower(
+    params: ExpertParams, math: LayerMath, routed: Routed, num_tokens: int
+) -> str | None:
+    """Return why torch's operators are expected to be faster, None if they are not.
+
+    Only where they do not read the device on the host, which a CUDA graph of a layer that was
+    planned to run fused could not do.
+    """
+    if not is_grouped_dtype(routed.x.dtype):
+        return None
+    from comet_compile.kernels.fuse_or_not import why_unfused
+
+    device = fused().read_device(routed.x.device.index or 0)
+    return why_unfused(params, math, routed.ids.shape[1], num_tokens, device)
+
+
 def local_forward(
     routed: Routed,
     params: ExpertParams,
@@ -117,7 +135,7 @@ def local_forward(
 
     `number` is that of `validate.check_again`.
     """
-    plan = plan_here(routed, params, math, number)
+    plan = plan_here(routed, params, math, number, alone=True)
     if plan is not None:
         # Triton launches on the current device, wherever the tensors are.
         with on_device(routed.x.device):
@@ -150,7 +168,7 @@ def local_backward(
     What `needs` does not ask for is None; the gradients of matrices are `into` if given, added to.
     `number` is that of `validate.check_again`.
     """
-    plan = plan_here(routed, params, math, number)
+    plan = plan_here(routed, params, math, number, alone=True)
     if plan is not None:
         with on_device(grad_y.device):
             grads = replay(
@@ -175,13 +193,20 @@ def why_portable_here(
     return why_portable(routed, params, math)
 
 
-def plan_here(routed: Routed, params: ExpertParams, math: LayerMath, number: int) -> Any | None:
-    """Return the plan of a real call, None if it runs the portable path."""
+def plan_here(
+    routed: Routed, params: ExpertParams, math: LayerMath, number: int, *, alone: bool = False
+) -> Any | None:
+    """Return the plan of a real call, None if it runs the portable path.
+
+    `alone`: nothing but this device's experts depends on it, so what is faster may be taken.
+    """
     if not runs_kernels(routed.x.device):
         return None
-    key = (number, os.environ.get("COMET_PORTABLE"))
+    key = (number, alone, os.environ.get("COMET_PORTABLE"))
     if key not in _plans:
         reason = why_portable(routed, params, math)
+        if reason is None and alone:
+            reason = _why_slower(params, math, routed, routed.x.shape[0])
         plan = None if reason is not None else fused().plan_layer(routed, params, math)
         return remember(_plans, key, plan)
     return _plans[key]

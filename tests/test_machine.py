@@ -19,7 +19,8 @@ from comet_compile.cli import main
 from comet_compile.errors import CometWarning
 from comet_compile.kernels import machine_file, tuned
 from comet_compile.kernels.backward_cost import predict_backward
-from comet_compile.kernels.cost_model import H100, Load, Machine, predict
+from comet_compile.kernels.cost_model import H100, Load, predict
+from comet_compile.kernels.unfused_cost import predict_unfused
 from comet_compile.machine_fit import Observation
 
 DEVICE = dataclasses.replace(H100.device, name="Another GPU", num_sms=144)
@@ -34,12 +35,17 @@ OTHER = dataclasses.replace(
     hidden_gemm_tf=6.5,
     weight_gemm_tf=7.2,
     sync_us=50.0,
+    torch_gemm_tf=8.0,
+    unfused_us=30.0,
+    nccl_gb=500.0,
 )
 
 
-def time_of(machine: Machine, load: Load, names: tuple[str, ...], *, backward: bool) -> float:
-    phases = (predict_backward if backward else predict)(load, machine)
-    return sum(one.us for one in phases if not names or one.name in names)
+def exactly(load: Load, phases: tuple[str, ...] = (), model: Any = predict) -> Observation:
+    """What phases of a layer, all but top-k if none are named, take on OTHER."""
+    names = phases or tuple(one.name for one in model(load, OTHER) if one.name != "top-k")
+    us = sum(one.us for one in model(load, OTHER) if one.name in names)
+    return Observation(load, us, phases, model)
 
 
 def observed(ranks: int) -> list[Observation]:
@@ -48,13 +54,11 @@ def observed(ranks: int) -> list[Observation]:
     for sizes in machine_probe._LAYERS if ranks == 1 else machine_probe._EXCHANGES:
         hidden, inter, experts, top_k, tokens = sizes
         load = Load(hidden, inter, experts * ranks, top_k, (tokens,) * ranks)
-        names = tuple(one.name for one in predict(load, OTHER) if one.name != "top-k")
-        rows.append(Observation(load, time_of(OTHER, load, names, backward=False)))
+        rows.append(exactly(load))
         if ranks == 1:
-            first = ("tables", "layer0")
-            rows.append(Observation(load, time_of(OTHER, load, first, backward=False), first))
-            us = time_of(OTHER, load, (), backward=True)
-            rows.append(Observation(load, us, backward=True))
+            rows.append(exactly(load, ("tables", "layer0")))
+            rows.append(exactly(load, model=predict_backward))
+            rows.append(exactly(load, model=predict_unfused))
     return rows
 
 
@@ -80,6 +84,7 @@ def test_a_machine_is_found_from_what_layers_take_on_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(machine_probe, "_observe_exchanges", lambda group, say: observed(2))
     monkeypatch.setattr(machine_probe, "_topk", lambda: topk)
     monkeypatch.setattr(machine_probe, "_links", lambda group, say: links)
+    monkeypatch.setattr(machine_probe, "_nccl", lambda group, say: {"nccl_gb": OTHER.nccl_gb})
     found, error = machine_probe.measure_machine(Group(), DEVICE, print)
     assert error < 0.01
     assert found.device == DEVICE
@@ -91,7 +96,8 @@ def test_a_machine_is_found_from_what_layers_take_on_it(monkeypatch: pytest.Monk
 
 def test_every_number_of_a_machine_is_fitted_or_measured() -> None:
     fitted = {*machine_fit.FORWARD, *machine_fit.LINKED, *machine_fit.BACKWARD}
-    assert fitted | {"topk_us", "topk_element_ns"} == set(machine_file.NUMBERS)
+    measured = {"topk_us", "topk_element_ns", "nccl_gb"}
+    assert fitted | measured | {*machine_fit.UNFUSED} == set(machine_file.NUMBERS)
 
 
 def test_what_is_written_is_read_again(folder: Path) -> None:
@@ -108,11 +114,13 @@ def test_what_is_written_is_read_again(folder: Path) -> None:
 
 def test_one_gpu_tells_nothing_of_links(folder: Path) -> None:
     path = machine_file.machine_path(DEVICE)
-    other = dataclasses.replace(OTHER, pull_gb=((8, 1.0),), push_gb=((8, 1.0),), sync_us=1.0)
+    other = dataclasses.replace(
+        OTHER, pull_gb=((8, 1.0),), push_gb=((8, 1.0),), sync_us=1.0, nccl_gb=2.0
+    )
     machine_probe.write_machine(other, 0.01, 1, path, DEVICE)
     found = machine_file.read_machine(path, DEVICE)
     assert (found.pull_gb, found.push_gb) == (H100.pull_gb, H100.push_gb)
-    assert found.sync_us == H100.sync_us
+    assert (found.sync_us, found.nccl_gb) == (H100.sync_us, H100.nccl_gb)
     assert found.gemm_tf == OTHER.gemm_tf
 
 

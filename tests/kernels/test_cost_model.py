@@ -72,6 +72,15 @@ def test_the_schedule_played_through_is_near_what_was_measured(checked: Any) -> 
     assert max(errors) < 0.12
 
 
+def test_unfused_layers_are_predicted(checked: Any) -> None:
+    rows = checked.measured_unfused()
+    assert {row.load.ranks for row in rows} == {1, 2}
+    errors = [abs(checked.error(H100, row)) for row in rows]
+    assert len(errors) >= 20
+    assert statistics.median(errors) < 0.05
+    assert max(errors) < 0.17
+
+
 def test_the_measured_backwards_are_predicted(checked: Any) -> None:
     layers = checked.measured_backwards()
     assert {row.load.ranks for row in layers} == {1, 2}
