@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from comet_compile import capture, dump, fallback_gemm, repair
+from comet_compile import capture, dump, fallback_gemm, refining, repair
 from comet_compile.config import CometConfig
 from comet_compile.errors import OptionError
 from comet_compile.kernels.agreement import AGREEMENTS
@@ -40,6 +40,8 @@ def comet(
     patches = _inductor_patches(mode, inductor_options)
     if config.enabled:
         AGREEMENTS.set_timeout(config.agreement_timeout)
+        if config.refine is not None:
+            refining.switch_on(config.refine)
         if repair.needs_repair():
             repair.repair_autograd_functions(gm)
         fallback_gemm.make_backward_traceable(gm)

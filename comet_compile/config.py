@@ -110,6 +110,11 @@ class CometConfig:
     """Seconds a rank waits for its peers when a plan is first used; None takes the timeout of
     the process group."""
 
+    refine: float | None = _option(None, _SECONDS, changes_graph=False)
+    """Seconds that the first forward and the first backward of a layer's shape on one device may
+    take longer, to measure other plans for it; what is faster is kept as by ``comet tune``. None
+    measures nothing: which plan runs is then the same in every process."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(field, getattr(self, field.name), f"CometConfig.{field.name}")

@@ -34,7 +34,10 @@ BACKWARD = ("hidden_gemm_tf", "weight_gemm_tf")
 class Predicts(Protocol):
     """Something measured that the cost model has an opinion of."""
 
-    us: float
+    @property
+    def us(self) -> float:
+        """Microseconds."""
+        ...
 
     def predicted(self, machine: Machine) -> float:
         """Return what the model says of it, in microseconds."""

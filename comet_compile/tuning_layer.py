@@ -61,6 +61,8 @@ class TunedLayer:
     """Runs a local forward's kernels up to the activation."""
     run_unfused: Run | None = None
     """Runs a local forward on torch's operators."""
+    alone: bool = False
+    """Whether this process measures by itself, although others may be there."""
 
 
 def make_layer(size: LayerSize, group: Any, *, backward: bool) -> TunedLayer:
@@ -135,7 +137,7 @@ def measure(layer: TunedLayer, plans: Sequence[Any], repeats: int = _REPEATS) ->
                 continue
             samples.append(time_us(layer, plan))
     return [
-        slowest(statistics.median(samples)) if is_able else math.inf
+        slowest(statistics.median(samples), alone=layer.alone) if is_able else math.inf
         for is_able, samples in zip(able, times, strict=True)
     ]
 
@@ -146,7 +148,7 @@ def time_us(layer: TunedLayer, plan: Any) -> float:
     The device sleeps until the host has launched all of it: a small layer's kernels are shorter
     than their launches, and a call that is replayed does not wait for the host either.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and not layer.alone:
         dist.barrier()
     torch.cuda.synchronize()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -164,7 +166,7 @@ def _agrees(layer: TunedLayer, plan: Any, wanted: Sequence[Tensor | None]) -> bo
         found = layer.run(plan)
     except OutOfResources:
         # between ranks a call cannot be given up half way: the peers would wait for the rest of it
-        if dist.is_initialized():
+        if dist.is_initialized() and not layer.alone:
             raise
         return False
     worst = 0.0
@@ -172,12 +174,12 @@ def _agrees(layer: TunedLayer, plan: Any, wanted: Sequence[Tensor | None]) -> bo
         if got is not None and want is not None:
             error = (got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30)
             worst = max(worst, float(error.nan_to_num(nan=math.inf)))
-    return slowest(worst) < _SAME
+    return slowest(worst, alone=layer.alone) < _SAME
 
 
-def slowest(value: float) -> float:
+def slowest(value: float, *, alone: bool = False) -> float:
     """Return the largest of all ranks' values, so that all ranks draw one conclusion."""
-    if not dist.is_initialized():
+    if alone or not dist.is_initialized():
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device="cuda")
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)

@@ -59,7 +59,11 @@ class Search:
                 step(number, len(candidates))
             if self.best == before:
                 break
-        rule, best = self.measure([self.plan, self._best_plan()])
+        self.confirm()
+
+    def confirm(self) -> None:
+        """Measure the rule's plan and the best once more, and keep the best if it still is."""
+        rule, best = self.measure([self.plan, self.best_plan()])
         # what looked better while it was found must still be
         if best > (1 - MIN_GAIN) * rule:
             self.best, best = {}, rule
@@ -68,7 +72,7 @@ class Search:
     def candidates(self) -> Iterator[dict[str, Any]]:
         """Yield changes that differ from the best in one field, or a field and the steps it leaves
         room for."""
-        plan = self._best_plan()
+        plan = self.best_plan()
         gemms: Plan = plan if isinstance(plan, Plan) else plan.gemms
         for gemm in _GEMMS[self.direction]:
             tiles = getattr(gemms, gemm)
@@ -92,7 +96,7 @@ class Search:
                         yield {**self.best, "lead": lead}
 
     def _try(self, candidate: dict[str, Any]) -> None:
-        plan, best = self._changed(candidate), self._best_plan()
+        plan, best = self._changed(candidate), self.best_plan()
         if plan is None or plan == best or self._work(plan) > MAX_MORE_WORK * self._work(best):
             self.num_pruned += 1
             return
@@ -107,7 +111,8 @@ class Search:
         other = dataclasses.replace(tiles, **changes)
         return choose_stages(other, columns_of(gemm, other, self.shape.gated), self.device)
 
-    def _best_plan(self) -> Any:
+    def best_plan(self) -> Any:
+        """Return the rule's plan with the best changes so far."""
         plan = self._changed(self.best)
         assert plan is not None, "every best was a candidate"
         return plan

@@ -57,30 +57,37 @@ def plan_layer(
     use_tables: bool = True,
 ) -> Plan:
     """Return the plan for this call, `num_slots` in place of a size that is a symbol."""
-    projection = layer0.view_in_projection(params, math.activation)
-    assert projection is not None, "checked by why_not"
-    top_k = routed.ids.shape[1]
     num_slots = routed.ids.numel() if num_slots is None else num_slots
-    hidden, inter = params.w_in.shape[1], params.w_out.shape[1]
-    gated, interleaved = math.activation.gated, projection.mode == "interleaved"
+    shape = shape_of(routed, params, math, num_slots)
     device = read_device(routed.x.device.index or 0)
     plan = choose_plan(
         num_slots,
-        params.num_experts,
-        hidden,
-        inter,
-        gated=gated,
-        interleaved=interleaved,
+        shape.experts,
+        shape.hidden,
+        shape.inter,
+        gated=shape.gated,
+        interleaved=shape.interleaved,
         device=device,
     )
-    if not use_tables:
-        return plan
-    tokens = tuned.bucket(num_slots // top_k)
-    shape = tuned.Shape(
-        1, tokens, top_k, params.num_experts, hidden, inter, gated, interleaved,
-        params.w_in.element_size(),
-    )  # fmt: skip
-    return tuned.apply(plan, shape, device)
+    return tuned.apply(plan, shape, device) if use_tables else plan
+
+
+def shape_of(routed: Routed, params: ExpertParams, math: LayerMath, num_slots: int) -> tuned.Shape:
+    """Return what tables call the layer."""
+    projection = layer0.view_in_projection(params, math.activation)
+    assert projection is not None, "checked by why_not"
+    top_k = routed.ids.shape[1]
+    return tuned.Shape(
+        ranks=1,
+        tokens=tuned.bucket(num_slots // top_k),
+        top_k=top_k,
+        experts=params.num_experts,
+        hidden=params.w_in.shape[1],
+        inter=params.w_out.shape[1],
+        gated=math.activation.gated,
+        interleaved=projection.mode == "interleaved",
+        itemsize=params.w_in.element_size(),
+    )
 
 
 def local_forward(

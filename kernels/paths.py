@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.validate import describe
 
 _plans: dict[Any, Any] = {}
+
+Refine = Callable[[str, Any, Routed, ExpertParams, LayerMath, Callable[[Any], Any]], Any]
+refine: Refine | None = None
+"""(direction, plan, layer, how to run it with a plan) -> a plan that is as fast or faster.
+
+Asked before the first call of a layer in each direction, if the user wants that (`refining`)."""
+_refined: set[Any] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +147,13 @@ def local_forward(
     if plan is not None:
         # Triton launches on the current device, wherever the tensors are.
         with on_device(routed.x.device):
+            if refine is not None:
+                plan = _refine_once(
+                    "forward", plan, routed, params, math, number,
+                    lambda plan: fused().local_forward(
+                        routed, params, math, out_dtype, save=False, plan=plan
+                    )[:1],
+                )  # fmt: skip
             y, saved = replay(
                 ("local_forward", number, out_dtype, save),
                 (*tensors_of(routed), *tensors_of(params)),
@@ -171,6 +186,13 @@ def local_backward(
     plan = plan_here(routed, params, math, number, alone=True)
     if plan is not None:
         with on_device(grad_y.device):
+            if refine is not None:
+                plan = _refine_once(
+                    "backward", plan, routed, params, math, number,
+                    lambda plan: fused_backward().local_backward(
+                        grad_y, routed, saved, params, math, needs, plan
+                    ),
+                )  # fmt: skip
             grads = replay(
                 ("local_backward", number, describe(grad_y), describe(saved), needs, into is None),
                 (grad_y, saved, *tensors_of(routed), *tensors_of(params), *matrices_of(into)),
@@ -182,6 +204,29 @@ def local_backward(
     pre = saved if saved.dim() == 2 else None
     d_x, d_weights, part = portable.local_backward(grad_y, routed, pre, params, math, needs)
     return add_up((d_x, d_weights, *weight_gradients([part], params, needs)), into)
+
+
+def _refine_once(
+    direction: str,
+    plan: Any,
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    number: int,
+    run: Callable[[Any], Any],
+) -> Any:
+    """Return the plan to go on with; it is asked for once, and not while a graph is captured."""
+    key = (number, direction)
+    if refine is None or key in _refined or torch.cuda.is_current_stream_capturing():
+        return plan
+    _refined.add(key)
+    found = refine(direction, plan, routed, params, math, run)
+    _plans[_plan_key(number, alone=True)] = found
+    return found
+
+
+def _plan_key(number: int, *, alone: bool) -> Any:
+    return number, alone, os.environ.get("COMET_PORTABLE")
 
 
 def why_portable_here(
@@ -202,7 +247,7 @@ def plan_here(
     """
     if not runs_kernels(routed.x.device):
         return None
-    key = (number, alone, os.environ.get("COMET_PORTABLE"))
+    key = _plan_key(number, alone=alone)
     if key not in _plans:
         reason = why_portable(routed, params, math)
         if reason is None and alone:

@@ -21,6 +21,7 @@ OTHER_VALUES = {
     "max_proof_rows": (4096, "4096"),
     "dump": ("graphs", "graphs"),
     "agreement_timeout": (2.5, "2.5"),
+    "refine": (4.0, "4"),
 }
 
 NOT_ALLOWED = [
@@ -39,6 +40,7 @@ NOT_ALLOWED = [
     ("agreement_timeout", True),
     ("agreement_timeout", float("nan")),
     ("agreement_timeout", float("inf")),
+    ("refine", 0.0),
 ]
 
 
@@ -134,9 +136,9 @@ def test_config_is_frozen() -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_fingerprint_changes_with_what_a_cached_graph_depends_on(name: str) -> None:
     changed = dataclasses.replace(CometConfig(), **{name: OTHER_VALUES[name][0]})
-    # where graphs are written and how long a rank waits are facts of the run, not of the graph
+    # where graphs are written, how long a rank waits or searches are facts of the run
     is_same = changed.fingerprint() == CometConfig().fingerprint()
-    assert is_same == (name in ("dump", "agreement_timeout"))
+    assert is_same == (name in ("dump", "agreement_timeout", "refine"))
 
 
 def test_fingerprint_is_stable() -> None:
