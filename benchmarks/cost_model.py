@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import simulated_machines
 from moe_layer import load_package
 
 from comet_compile.kernels.backward_cost import predict_backward
@@ -166,12 +167,9 @@ def _ranks(document: dict[str, Any]) -> int:
 
 
 def _load(suite: str, shape: str, tokens: int, skew: list[str], ranks: int) -> Load:
-    sizes = SHAPES[shape]
-    each = [tokens] * (ranks if suite == "ep" else 1)
-    if "empty" in skew:
-        each[-1] = 0
-    hot = 4.0 if "hot" in skew else 1.0
-    return Load(sizes.hidden, sizes.inter, sizes.num_experts, sizes.top_k, tuple(each), hot)
+    load = simulated_machines.even_load(SHAPES[shape], tokens, ranks if suite == "ep" else 1)
+    each = (*load.tokens[:-1], 0) if "empty" in skew else load.tokens
+    return dataclasses.replace(load, tokens=each, hot=4.0 if "hot" in skew else 1.0)
 
 
 def fit(rows: Sequence[Row], start: Machine = H100) -> Machine:
@@ -193,7 +191,10 @@ def error(machine: Machine, row: Row) -> float:
 
 def pages(rows: Sequence[Row]) -> dict[Path, str]:
     """Return both pages, by their files."""
-    return {RESULTS / "cost_model.md": page(rows), RESULTS / "simulated.md": simulated()}
+    return {
+        RESULTS / "cost_model.md": page(rows),
+        RESULTS / "simulated.md": simulated_machines.page(),
+    }
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -295,56 +296,6 @@ def _plain_table(rows: Sequence[Row]) -> list[str]:
         ),
         "",
     ]
-
-
-# An H800 is an H100 whose links are 400 GB/s instead of 900.
-H800_LINK = 400 / 900
-MACHINES = (
-    ("2 H100", H100, 2),
-    ("8 H100", H100, 8),
-    ("8 H800", H100.with_link(H800_LINK), 8),
-    ("72 GPUs like H100s in one NVLink domain", H100, 72),
-)
-
-
-SIMULATED = """\
-# Simulated, not measured
-
-Made by `python benchmarks/cost_model.py`; `comet simulate` gives the same for other sizes. Every
-number on this page is predicted by the cost model, which was held against one and two H100s only
-([how far off it is there](cost_model.md)): microseconds of a forward with all-to-all and even
-routing, in brackets teraflops of one GPU and the part of the transfers' time that is hidden. An
-H800 is taken for an H100 with links of 400 GB/s instead of 900, the larger domains for a switch
-that gives each GPU its full links. A layer with fewer experts than GPUs has none.
-"""
-
-
-def simulated() -> str:
-    """Return what the model says of machines that nobody measured, as Markdown."""
-    lines = []
-    for name, sizes in SHAPES.items():
-        for tokens in (1024, 8192):
-            cells = []
-            for _, machine, ranks in MACHINES:
-                if ranks > sizes.num_experts:
-                    cells.append("-")
-                    continue
-                load = _load("ep", name, tokens, [], ranks)
-                phases = predict(load, machine)
-                us = total_us(phases)
-                teraflops = load.flops / ranks / us / 1e6
-                cells.append(f"{us:.0f} ({teraflops:.0f}, {100 * overlap(phases):.0f} %)")
-            lines.append(f"| {name} | {tokens} | {' | '.join(cells)} |")
-    heads = " | ".join(name for name, _, _ in MACHINES)
-    return "\n".join(
-        (
-            SIMULATED,
-            f"| layer | tokens a rank | {heads} |",
-            f"| --- | --- |{' --- |' * len(MACHINES)}",
-            *lines,
-            "",
-        )
-    )
 
 
 def _played(row: Row) -> str:
