@@ -3,7 +3,8 @@
     make fuzz FUZZ=10000        # so many correct ones and so many near-misses
 
 The judge is independent of the prover: a graph and what the pass made of it are run node by node
-on dense random numbers (`lockstep`). `zoo.composed` composes the layers.
+on dense random numbers (`lockstep`). `zoo.composed` composes the layers. A few share a graph, since
+most of the time goes into capturing them: each has tokens and outputs of its own.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import joint_graphs
 import lockstep
 import torch
+from torch import Tensor, nn
 from zoo import composed
 
 NUM_TOKENS, HIDDEN = 6, 32
-_TRAINING = 10  # every so many-th layer is captured with its backward
+_TOGETHER = 5  # layers of one graph
+_TRAINING = 10  # every so many-th graph is captured with its backward
 
 
 @dataclasses.dataclass
@@ -35,37 +38,65 @@ class Tally:
         return "\n".join([*lines, *self.bugs])
 
 
-def judge(seed: int, *, defect: bool, tally: Tally) -> None:
-    """Compose a layer, run the pass on its graph, and count what became of it."""
-    recipe = composed.draw(seed, defect=defect)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(NUM_TOKENS, HIDDEN, generator=generator).bfloat16()
-    train = seed % _TRAINING == 0
-    graph = joint_graphs.capture(composed.ComposedMoE(recipe, HIDDEN), x, train=train)
+class _SideBySide(nn.Module):
+    """Layers that share nothing but the graph."""
+
+    def __init__(self, recipes: Sequence[composed.Recipe]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(composed.ComposedMoE(recipe, HIDDEN) for recipe in recipes)
+
+    def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer, x in zip(self.layers, xs, strict=True))
+
+
+def judge(seeds: Sequence[int], *, defect: bool, train: bool, tally: Tally) -> None:
+    """Compose the layers of one graph, run the pass on it, and count what became of them."""
+    outcomes, wrong = _judged(seeds, defect=defect, train=train)
+    tally.outcomes += outcomes
+    if not wrong:
+        return
+    alone = {seed: _judged([seed], defect=defect, train=train)[1] for seed in seeds}
+    tally.bugs += [
+        f"seed {seed}: {bug}: {composed.draw(seed, defect=defect)}"
+        for seed, bug in alone.items()
+        if bug
+    ] or [f"seeds {list(seeds)}, but none of them alone: {wrong}"]
+
+
+def _judged(seeds: Sequence[int], *, defect: bool, train: bool) -> tuple[Counter[str], str]:
+    """Return what became of the layers of one graph, and what is wrong with it, if anything."""
+    recipes = [composed.draw(seed, defect=defect) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    xs = [torch.randn(NUM_TOKENS, HIDDEN, generator=g).bfloat16() for g in generators]
+    graph = joint_graphs.capture(_SideBySide(recipes), *xs, train=train)
     after = joint_graphs.clone(graph)
     before = joint_graphs.listing(after)
     counts = joint_graphs.run_pass(after)
-    if not joint_graphs.is_rewritten(counts):
-        tally.outcomes[", ".join(joint_graphs.rejections(counts)) or "not found"] += 1
-        if joint_graphs.listing(after) != before:
-            tally.bugs.append(f"seed {seed}: refused but changed: {recipe}")
-        return
-    tally.outcomes["rewritten"] += 1
+    outcomes = Counter({why: counts[f"rejected.{why}"] for why in joint_graphs.rejections(counts)})
+    outcomes["rewritten"] = joint_graphs.num_rewritten(counts)
+    outcomes["not found"] = max(0, len(seeds) - outcomes.total())
+    if not outcomes["rewritten"]:
+        return outcomes, "" if joint_graphs.listing(after) == before else "refused but changed"
     for number in range(2):
         inputs = lockstep.random_inputs(graph, 1, number, NUM_TOKENS)
         wrong = lockstep.differences(
             lockstep.execute(after, inputs, 1), lockstep.execute(graph, inputs, 1)
         )
         if wrong:
-            tally.bugs.append(f"seed {seed}: {wrong}: {recipe}")
-            return
+            return outcomes, wrong
+    return outcomes, ""
 
 
-def run(seeds: Iterable[int], *, defect: bool) -> Tally:
-    """Judge the layers of all seeds."""
+def groups(seeds: range) -> list[range]:
+    """Return the seeds of each graph."""
+    return [seeds[start : start + _TOGETHER] for start in range(0, len(seeds), _TOGETHER)]
+
+
+def run(graphs: Iterable[Sequence[int]], *, defect: bool) -> Tally:
+    """Judge the layers of all seeds, graph by graph."""
     tally = Tally()
-    for seed in seeds:
-        judge(seed, defect=defect, tally=tally)
+    for number, seeds in enumerate(graphs):
+        judge(seeds, defect=defect, train=number % _TRAINING == 0, tally=tally)
     return tally
 
 
@@ -75,7 +106,7 @@ def main() -> int:
 
     count, bugs = int(sys.argv[1]), 0
     for defect, title in ((False, "correct layers"), (True, "near-misses")):
-        tally = run(track(range(count), description=title), defect=defect)
+        tally = run(track(groups(range(count)), description=title), defect=defect)
         print(f"{count} {title}:\n{tally}")
         bugs += len(tally.bugs)
     return 1 if bugs else 0

@@ -13,7 +13,7 @@ CHUNKS = [range(start, start + 50) for start in range(0, 300, 50)]
 
 @pytest.mark.parametrize("seeds", CHUNKS, ids=str)
 def test_correct_layers_are_rewritten_to_the_same(seeds: range) -> None:
-    tally = fuzz.run(seeds, defect=False)
+    tally = fuzz.run(fuzz.groups(seeds), defect=False)
     assert not tally.bugs, tally
     assert tally.outcomes["rewritten"] >= 0.95 * len(seeds), tally
 
@@ -22,7 +22,7 @@ def test_correct_layers_are_rewritten_to_the_same(seeds: range) -> None:
 def test_near_misses_are_refused(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
     # the first cuts of a region are the likely ones; `make fuzz` tries all
     monkeypatch.setattr(find, "_MAX_CANDIDATES", 5)
-    tally = fuzz.run(seeds, defect=True)
+    tally = fuzz.run(fuzz.groups(seeds), defect=True)
     assert not tally.bugs, tally
     assert tally.outcomes["rewritten"] == 0, tally
 
