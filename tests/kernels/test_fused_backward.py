@@ -31,6 +31,7 @@ from comet_compile.kernels import fused, fused_backward, layer1, portable
 from comet_compile.kernels.experts import Matrices, Needs, weight_gradients
 from comet_compile.kernels.plan import Device, Plan, choose_plan
 from comet_compile.kernels.refs import moe_layer_backward_ref
+from comet_compile.kernels.route_tiles import max_tiles
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -381,9 +382,12 @@ def test_rows_computed_again_give_the_same_bits(
     ids=str,
 )
 def test_rows_computed_again_where_their_memory_is_borrowed_or_not(needs: Needs) -> None:
-    # 300 tokens' rows do not fit into the gradient of w_in, those of 9 do
-    for num_tokens in (300, 9):
+    # 50 tokens' rows, at least 24 wide, do not fit into the gradient of w_in, those of 9 do
+    for num_tokens in (50, 9):
         case = small_case(num_tokens=num_tokens, separate_up=True)
+        num_rows = case.ids.numel()
+        assert (num_rows * 2 * 24 > case.w_in.numel()) == (num_tokens == 50)
+        assert (max_tiles(num_rows, 3, 16) * 16 * 24 > case.w_in.numel()) == (num_tokens == 50)
         assert_same_bits_from_computed_rows(case, needs)
 
 

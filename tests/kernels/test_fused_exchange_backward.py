@@ -26,6 +26,9 @@ from comet_compile.kernels.refs import moe_layer_backward_ref
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
+# Tokens of two ranks: of their four experts, two have a whole tile and part of another.
+SEVERAL_TILES = (31, 25)
+
 
 def joined(layers: Sequence[Case]) -> Case:
     """All ranks' tokens as those of one device."""
@@ -95,7 +98,7 @@ def test_no_token_anywhere() -> None:
 @pytest.mark.parametrize("weight_place", ["before", "between", "after"])
 @pytest.mark.parametrize("biases", [False, True])
 def test_weight_places(weight_place: str, biases: bool) -> None:
-    check(Ranks(2, capacity=64, weight_place=weight_place, biases=biases), (40, 33))
+    check(Ranks(2, capacity=32, weight_place=weight_place, biases=biases), SEVERAL_TILES)
 
 
 @pytest.mark.parametrize("weight_place", ["before", "after"])
@@ -115,16 +118,16 @@ def test_activations(activation: str, permuted: bool) -> None:
 )
 def test_separate_up(up_before: bool, permuted: bool, weight_place: str) -> None:
     ranks = Ranks(
-        2, capacity=64, separate_up=True, permuted=permuted, weight_place=weight_place, biases=True
+        2, capacity=32, separate_up=True, permuted=permuted, weight_place=weight_place, biases=True
     )
     ranks.whole = stored_pair(ranks.whole, up_before)
-    check(ranks, (40, 33))
+    check(ranks, SEVERAL_TILES)
 
 
 @pytest.mark.parametrize("weight_place", ["before", "after"])
 def test_gathering_the_tokens_first(weight_place: str) -> None:
-    ranks = Ranks(2, capacity=64, weight_place=weight_place, biases=True, gathers=True)
-    check(ranks, (40, 33))
+    ranks = Ranks(2, capacity=32, weight_place=weight_place, biases=True, gathers=True)
+    check(ranks, SEVERAL_TILES)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +143,8 @@ def test_saved_rows_give_the_same_bits(
 ) -> None:
     # whether its rows were kept is each rank's own affair
     options = {"activation": activation, "weight_place": weight_place}
-    ranks = Ranks(2, capacity=64, biases=True, gathers=True, **options)
-    layers = ranks.tokens((40, 33))
+    ranks = Ranks(2, capacity=32, biases=True, gathers=True, **options)
+    layers = ranks.tokens(SEVERAL_TILES)
     saved = [ranks.memory_for_rows(layer) for layer in layers]
     ranks.run(layers, saved)
     kept = [rows if keep else None for rows, keep in zip(saved, keeps, strict=True)]
