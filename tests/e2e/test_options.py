@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from distributed.gloo import run_ranks
+from distributed.gloo import RankPool
 from e2e import harness
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
@@ -152,8 +152,8 @@ def test_pass_under_plain_inductor() -> None:
         compare(train=True, backend="inductor")
 
 
-def test_without_captured_scalars_the_graph_breaks_as_before() -> None:
-    run_ranks(_without_captured_scalars, 1, timeout=240.0)
+def test_without_captured_scalars_the_graph_breaks_as_before(alone: RankPool) -> None:
+    alone.run(_without_captured_scalars)
 
 
 def _without_captured_scalars(rank: int, world_size: int) -> None:

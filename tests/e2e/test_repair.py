@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from distributed.gloo import run_ranks
+from distributed.gloo import RankPool
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.variables import higher_order_ops
@@ -464,8 +464,8 @@ def _error(value: Tensor, expected: Tensor) -> float:
     return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
-def test_exchanges_of_the_frameworks_keep_their_gradients():
-    for result in run_ranks(_exchanges, 2, timeout=240.0):
+def test_exchanges_of_the_frameworks_keep_their_gradients(pair: RankPool):
+    for result in pair.run(_exchanges):
         assert set(result) == {"megatron", "deepspeed", "gather_and_scatter", "layer"}
         for name, (lossy, mended, calls) in result.items():
             assert mended == 0.0, name  # the same operations in the same order as eager
