@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, ClassVar
-from unittest import mock
 
 import numpy as np
 import torch
@@ -81,9 +80,16 @@ def _np_dtype(dtype: tl.dtype, _known: dict[str, Any] = {}) -> Any:  # noqa: B00
     return _known[dtype.name]
 
 
+def hasten() -> None:
+    """Make Triton's interpreter quicker in this process, for good; it computes what it did."""
+    interpreter.ReduceOps.generic_reduce = _reduce
+    interpreter._get_np_dtype = _np_dtype
+
+
 @contextlib.contextmanager
 def interpreting() -> Iterator[None]:
     """Interpret every kernel of the package that is launched inside."""
+    hasten()
     twins: dict[int, _Twin] = {}  # by id: the hash of a kernel is that of its source
     changed: list[tuple[ModuleType, str, JITFunction]] = []
     try:
@@ -95,11 +101,7 @@ def interpreting() -> Iterator[None]:
                     twin = twins.setdefault(id(value), _Twin(value.fn))
                     changed.append((module, attribute, value))
                     setattr(module, attribute, twin)
-        with (
-            triton.knobs.runtime.scope(),
-            mock.patch.object(interpreter.ReduceOps, "generic_reduce", _reduce),
-            mock.patch.object(interpreter, "_get_np_dtype", _np_dtype),
-        ):
+        with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = True
             yield
     finally:

@@ -28,6 +28,8 @@ CALLS = ((7, 5), (5, 7), (3, 0), (0, 0), (90, 70), (5, 9))
 
 def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
     """Put files in the place of symmetric memory and a small plan in the place of the planned."""
+    import triton_interpreter
+
     from comet_compile.kernels import (
         exchange_call,
         exchange_plan,
@@ -37,6 +39,8 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
         plan,
         workspace,
     )
+
+    triton_interpreter.hasten()
 
     class FileWorkspace(workspace.Workspace):
         def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
