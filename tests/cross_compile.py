@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,17 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def compiling_for(capability: int) -> Iterator[list[Compiled]]:
-    """Collect what is launched inside, compiled for compute capability 80, 90, 100 ..."""
+def compiling_for(capability: int, only: Collection[str] = ()) -> Iterator[list[Compiled]]:
+    """Collect what is launched inside, compiled for compute capability 80, 90, 100 ...
+
+    With `only`, no other kernels are compiled than those of these names.
+    """
     seen: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if only and self.fn.__name__ not in only:
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         seen.append(_resources(kernel))
         return kernel
