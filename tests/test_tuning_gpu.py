@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 pytest.importorskip("triton", reason="plans need Triton")
 
+from comet_compile import refining
 from comet_compile.cli import main
-from comet_compile.kernels import tuned
+from comet_compile.kernels import ops, paths, tuned  # noqa: F401, registers the ops
 from comet_compile.kernels.plan import read_device
 from comet_compile.tuning_layer import LayerSize, TunedLayer, make_layer, measure
 
@@ -22,6 +23,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+OPTIONS = {
+    "activation": "silu_glu",
+    "weight_place": "after",
+    "product_dtype": torch.float32,
+    "form": "local",
+    "group_name": "",
+}
 SIZE = LayerSize(hidden=256, inter=128, experts=8, top_k=2, tokens=512)
 
 
@@ -72,3 +80,44 @@ def test_the_command_tunes_and_a_call_takes_what_it_found(
     assert plan.layer0.group_m == 4
     layer.run(plan)
     torch.cuda.synchronize()
+
+
+def test_the_first_use_of_a_shape_refines_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned, "tuned_folder", lambda: tmp_path)
+    monkeypatch.setattr(paths, "refine", None)
+    tuned.tables.cache_clear()
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return values.mul_(shape[-1] ** -0.5)
+
+    x = torch.randn(700, 256, generator=generator, device="cuda", dtype=torch.bfloat16)
+    weights, ids = torch.rand(700, 8, generator=generator, device="cuda").topk(2, -1)
+    leaves = [x, weights, normal(8, 384, 256), normal(8, 256, 192)]
+
+    def step() -> list[torch.Tensor]:
+        inputs = [one.detach().requires_grad_() for one in leaves]
+        y, saved, _ = torch.ops.comet.moe_layer(
+            inputs[0], ids, inputs[1], inputs[2].transpose(1, 2), None, inputs[3].transpose(1, 2),
+            *[None] * 4, **OPTIONS, out_dtype=torch.bfloat16, save="pre_activation",
+        )  # fmt: skip
+        grads = torch.ops.comet.moe_layer_backward(
+            torch.ones_like(y), inputs[0], ids, inputs[1], inputs[2].transpose(1, 2), None,
+            inputs[3].transpose(1, 2), *[None] * 3, saved, None, **OPTIONS,
+            needs=[True, True, True, False, True, False, False, False],
+        )  # fmt: skip
+        return [y, *(one for one in grads[:8] if one.numel())]
+
+    before = step()
+    refining.switch_on(30.0)
+    for one in (step(), step()):
+        for got, expected in zip(one, before, strict=True):
+            error = (got.float() - expected.float()).norm() / expected.float().norm()
+            assert error < 0.01
+    entries = json.loads(next(tmp_path.glob("nvidia*.json")).read_text())["entries"]
+    assert {entry["direction"] for entry in entries} == {"forward", "backward"}
+    assert all(entry["tried"] > 5 for entry in entries)
+    tuned.tables.cache_clear()
