@@ -1,8 +1,10 @@
 """``comet doctor --measure``: the numbers of this machine that the cost model plans with.
 
 On one GPU: layers of different sizes, forward and backward, from which rates and latencies are
-fitted (`machine_fit`), and top-k. Between ranks, started by torchrun, also how fast CTAs copy over
-the links, and what a call between ranks takes besides. Times are the device's (`time_us`).
+fitted (`machine_fit`), top-k, and the same layers on torch's operators, one by one: what a layer
+that is not fused runs on here. (An H100's built-in numbers of unfused layers are Inductor's.)
+Between ranks, started by torchrun, also how fast CTAs copy over the links, NCCL, and what a call
+between ranks takes besides. Times are the device's (`time_us`).
 """
 
 from __future__ import annotations

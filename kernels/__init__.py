@@ -13,7 +13,9 @@ which says for given tensors how a layer will run. `refs` is what the ops mean.
   `layer1_all_reduce` where all of them have all tokens;
 - which of these a call takes: `paths`, `exchange_paths`, `replicated_paths`;
 - how it is planned: `plan`, changed by tables (`tuned`, `plan_changes`) or the cost model
-  (`cost_model`, `backward_cost`, `schedule`);
+  (`cost_model`, `backward_cost`, `unfused_cost`, `schedule`) with the numbers of a measured machine
+  (`machine_file`, `link_rates`); `fuse_or_not` decides whether;
+- what its CTAs do when: `trace`, from what `stamps` in the kernels have noted;
 - a fused call of a kind that ran before: `recording`, which launches it again through
   `packed_launch`, without the Python of the modules above;
 - `agreement` keeps ranks from running different plans.
