@@ -8,8 +8,8 @@ which says for given tensors how a layer will run. `refs` is what the ops mean.
   (`layer_backward`, `grad_routing`, `grad_params`), with `plan`, `expert_weights`, `epilogue`,
   `launch`;
 - GPUs of one machine: `fused_exchange`, made of the stages of `exchange_call`
-  (`exchange_kernels`, `layer0_exchange`, `layer1_exchange`, `exchange_sums`), with `tile_order`,
-  `exchange_plan`, `workspace`, `sync`, `links`, `board`; `fused_replicated` with
+  (`exchange_entry`, `exchange_kernels`, `layer0_exchange`, `layer1_exchange`, `exchange_sums`),
+  with `tile_order`, `exchange_plan`, `workspace`, `sync`, `links`, `board`; `fused_replicated` with
   `layer1_all_reduce` where all of them have all tokens;
 - which of these a call takes: `paths`, `exchange_paths`, `replicated_paths`;
 - how it is planned: `plan`, changed by tables (`tuned`, `plan_changes`) or the cost model

@@ -30,6 +30,7 @@ from exchange_ranks import LocalWorkspace
 
 from comet_compile.kernels import (
     exchange_call,
+    exchange_entry,
     exchange_plan,
     fused,
     fused_backward,
@@ -289,7 +290,7 @@ def test_row_sums_of_the_backward_compile_without_a_spill_on_sm_80(name: str) ->
 def test_exchange_compiles_without_a_spill(
     capability: int, name: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (exchange_plan, exchange_call):
+    for module in (exchange_plan, exchange_entry):
         monkeypatch.setattr(module, "read_device", lambda index: DEVICES[capability])
     compiled = compile_exchange(capability, MODELS[name], num_tokens)
     gemms = ("dispatch_gemm_act", "gemm_combine")
@@ -306,7 +307,7 @@ def test_exchange_compiles_without_a_spill(
 
 
 def test_traced_exchange_compiles_without_a_spill(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (exchange_plan, exchange_call):
+    for module in (exchange_plan, exchange_entry):
         monkeypatch.setattr(module, "read_device", lambda index: DEVICES[90])
     compiled = compile_exchange(90, MODELS["qwen3_30b"], 4096, traced=True)
     gemms = {"dispatch_gemm_act": 255, "gemm_combine": 255}
@@ -318,7 +319,7 @@ def test_traced_exchange_compiles_without_a_spill(monkeypatch: pytest.MonkeyPatc
 def test_exchange_backward_compiles_without_a_spill(
     capability: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (exchange_plan, exchange_call):
+    for module in (exchange_plan, exchange_entry):
         monkeypatch.setattr(module, "read_device", lambda index: DEVICES[capability])
     compiled = compile_exchange_backward(capability, MODELS["qwen3_30b"], num_tokens)
     names = [kernel.name.removesuffix("_kernel") for kernel in compiled]

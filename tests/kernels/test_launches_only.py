@@ -25,7 +25,7 @@ from moe_cases import GRAD_NAMES, Case
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from comet_compile.kernels import (
-    exchange_call,
+    exchange_entry,
     exchange_plan,
     fused,
     fused_backward,
@@ -152,7 +152,7 @@ def test_backward(activation: str, weight_place: str, gathers: bool, with_weight
 def test_exchange(
     separate_up: bool, weight_place: str, biases: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (exchange_plan, exchange_call):
+    for module in (exchange_plan, exchange_entry):
         monkeypatch.setattr(module, "read_device", lambda index: H200)
     case = small_case(separate_up=separate_up, weight_place=weight_place, biases=biases)
     (num_tokens, top_k), hidden = case.ids.shape, case.x.shape[1]
