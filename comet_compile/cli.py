@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,7 +13,37 @@ from comet_compile.errors import CometError
 
 __all__ = ["main"]
 
+Command = Callable[..., Any]
+
 _TONES = {"ok": "", "note": "yellow", "missing": "bold red"}
+
+
+def _layer_options(*, several: bool) -> Callable[[Command], Command]:
+    """Return a decorator that adds --shapes and --model: one of them names a layer's sizes."""
+    more = " May be repeated." if several else ""
+    shapes = click.option(
+        "--shapes",
+        multiple=several,
+        metavar="HxIxExK",
+        help="Sizes of a layer: hidden x intermediate x experts x top-k, such as 2048x768x128x8."
+        + more,
+    )
+    model = click.option(
+        "--model",
+        multiple=several,
+        metavar="CONFIG",
+        help="A Hugging Face config: a config.json, its folder, or a model type such as qwen3_moe."
+        + more,
+    )
+    return lambda command: shapes(model(command))
+
+
+def _one_layer(shapes: str | None, model: str | None) -> tuple[int, int, int, int]:
+    """Return the sizes that one of the two options names; CometError if it names none."""
+    from comet_compile.layer_sizes import parse_sizes, sizes_of_config
+    from comet_compile.targets import load_config
+
+    return parse_sizes(shapes) if shapes else sizes_of_config(load_config(str(model)))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -124,20 +156,7 @@ def explain(
 
 
 @main.command()
-@click.option(
-    "--shapes",
-    multiple=True,
-    metavar="HxIxExK",
-    help="Sizes of a layer: hidden x "
-    "intermediate x experts x top-k, such as 2048x768x128x8. May be repeated.",
-)
-@click.option(
-    "--model",
-    multiple=True,
-    metavar="CONFIG",
-    help="A Hugging Face config: a "
-    "config.json, its folder, or a model type such as qwen3_moe. May be repeated.",
-)
+@_layer_options(several=True)
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -207,16 +226,7 @@ def tune(
 
 
 @main.command()
-@click.option(
-    "--shapes",
-    metavar="HxIxExK",
-    help="Sizes of a layer: hidden x intermediate x experts x top-k, such as 2048x768x128x8.",
-)
-@click.option(
-    "--model",
-    metavar="CONFIG",
-    help="A Hugging Face config: a config.json, its folder, or a model type such as qwen3_moe.",
-)
+@_layer_options(several=False)
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -248,18 +258,14 @@ def trace(
 
     torchrun --nproc-per-node 2 --no-python comet trace --shapes 2048x768x128x8
     """
-    from comet_compile.targets import load_config
-
     if (shapes is None) == (model is None):
         raise click.UsageError("give one of --shapes and --model")
     try:
         from comet_compile import tracer, tuner
     except ImportError as error:
         raise click.ClickException(f"comet trace needs Triton ({error})") from error
-    from comet_compile.layer_sizes import parse_sizes, sizes_of_config
-
     try:
-        sizes = parse_sizes(shapes) if shapes else sizes_of_config(load_config(str(model)))
+        sizes = _one_layer(shapes, model)
         (job,) = tuner.jobs_for([sizes], [tokens], ep, ["forward"], gated=True)
         tracer.show(job.size, tuner.join_ranks(ep, "trace"), out)
     except (CometError, ImportError, OSError) as error:
@@ -267,16 +273,7 @@ def trace(
 
 
 @main.command()
-@click.option(
-    "--shapes",
-    metavar="HxIxExK",
-    help="Sizes of a layer: hidden x intermediate x experts x top-k, such as 2048x768x128x8.",
-)
-@click.option(
-    "--model",
-    metavar="CONFIG",
-    help="A Hugging Face config: a config.json, its folder, or a model type such as qwen3_moe.",
-)
+@_layer_options(several=False)
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -336,16 +333,12 @@ def simulate(
     Needs no GPU. Everything printed is predicted, not measured; how far off the model is on layers
     that were measured says benchmarks/results/cost_model.md.
     """
-    from comet_compile.targets import load_config
-
     if (shapes is None) == (model is None):
         raise click.UsageError("give one of --shapes and --model")
     try:
-        from comet_compile.layer_sizes import parse_sizes, sizes_of_config
         from comet_compile.simulated import shown
 
-        sizes = parse_sizes(shapes) if shapes else sizes_of_config(load_config(str(model)))
-        shown(sizes, tokens, ranks, link, hot, direction, trace)
+        shown(_one_layer(shapes, model), tokens, ranks, link, hot, direction, trace)
     except (CometError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
