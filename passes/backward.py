@@ -103,13 +103,20 @@ def _inner(layer: Layer) -> set[fx.Node]:
 
 def _core(layer: Layer, backward: set[fx.Node]) -> set[fx.Node]:
     sources = _inner(layer) | set(layer.candidate.pair.stacks)
-    stack_views = {
+    sources |= _views(layer, sources, backward)
+    return {user for node in sources for user in node.users if user in backward}
+
+
+def _views(layer: Layer, nodes: set[fx.Node], backward: set[fx.Node]) -> set[fx.Node]:
+    """Transposed operands that autograd has made of `nodes`, outside region and backward."""
+    return {
         user
-        for stack in layer.candidate.pair.stacks
-        for user in stack.users
-        if user.target is aten.permute.default and user not in backward
+        for node in nodes
+        for user in node.users
+        if user.target is aten.permute.default
+        and user not in backward
+        and user not in layer.candidate.nodes
     }
-    return {user for node in sources | stack_views for user in node.users if user in backward}
 
 
 def _incoming(
@@ -149,7 +156,8 @@ def _pure_part(
             if user.op == "call_function" and user in backward and user not in seen:
                 seen.add(user)
                 heapq.heappush(heap, (order[user], user))
-    pure = _about(pure, grad_y, known - set(candidate.inputs), order)
+    inner = known - set(candidate.inputs)
+    pure = _about(pure, grad_y, inner | _views(layer, inner, backward), order)
     # what the incoming gradient itself is computed from is no part of the layer
     sources = {s for n in pure - {grad_y} for s in n.all_input_nodes}
     helpers = sources - pure - known

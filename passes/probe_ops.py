@@ -288,9 +288,17 @@ def _is_zero_operand(value: Value, dim: int | None, common: Support) -> bool:
     own = support_of(value, dim)
     if own is None or not isinstance(value, Probe):
         return True
-    # columns that another operand does not know are dropped: they must be zero, too
-    dropped = [place for place, col in enumerate(own.cols) if col not in common.cols]
-    return not bool(value.data.index_select(dim, torch.tensor(dropped, dtype=torch.int64)).any())
+    # columns that another operand does not know are dropped: they must be zero, too, or garbage in
+    # a row that stays recognisable as such (behind the last rows of a grouped GEMM, say)
+    is_kept = torch.tensor([col in common.cols for col in own.cols], dtype=torch.bool)
+    dropped = value.data.index_select(dim, (~is_kept).nonzero().view(-1))
+    if not bool(dropped.any()):
+        return True
+    kept = value.data.index_select(dim, is_kept.nonzero().view(-1))
+    if not kept.shape[dim]:
+        return False
+    garbage = kept.isnan().all(dim, keepdim=True)
+    return bool(((dropped == 0) | (dropped.isnan() & garbage)).all())
 
 
 def _pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:

@@ -139,9 +139,13 @@ def _slice_scatter(
     size = shape_of(base)[dim]
     chosen = range(size)[slice(start, end, step)]
     own = support_of(source, dim)
-    if own is None:
-        raise Untracked("writes a block of rows")
     (base_data, source_data), supports = aligned([base, source], skip=dim)
+    if own is None:
+        if support_of(base, dim) is not None:
+            raise Untracked("writes a block of rows over columns")
+        shape = [*source_data.shape[:dim], size, *source_data.shape[dim + 1 :]]
+        rows = base_data.expand(shape).slice_scatter(source_data, dim, start, end, step)
+        return make(rows, supports)
     if support_of(base, dim) is None and not zero_outside(base, dim):
         raise Untracked("writes columns over untracked ones")
     written = {chosen[c]: source_data.select(dim, i) for i, c in enumerate(own.cols)}

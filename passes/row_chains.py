@@ -128,6 +128,8 @@ def output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
             chain.append(node)
         # a size read off the value is no use of it
         users = [u for u in node.users if u not in backward and u.op != "output" and is_value(u)]
+        if len(users) > 1:
+            users = [u for u in users if not _is_for(u, backward)]
         if len(users) != 1 or any(u.op == "output" for u in node.users):
             break
         if getattr(users[0].target, "overloadpacket", None) not in _COMBINES:
@@ -137,6 +139,11 @@ def output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
         node = users[0]
     chain.reverse()
     return sorted(chain, key=lambda n: val(n).ndim != 2)
+
+
+def _is_for(node: fx.Node, backward: set[fx.Node]) -> bool:
+    """Whether nothing but the backward uses `node`, as it does a transposed operand."""
+    return bool(node.users) and all(u in backward or _is_for(u, backward) for u in node.users)
 
 
 def _adds_bias(node: fx.Node, rows: fx.Node) -> bool:

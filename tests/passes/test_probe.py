@@ -250,6 +250,15 @@ def test_written_columns(support: Support) -> None:
         check(aten.slice_scatter.default, rows(), half, 1, start, end, step)
 
 
+@each_support
+def test_written_rows(support: Support) -> None:
+    """Autograd undoes slices of rows so: the gradient of rows without the padding."""
+    some = Both((S - 2, H), (None, support))
+    for base in (rows(support, seed=1), torch.zeros((), dtype=torch.float64).expand(S, H)):
+        check(aten.slice_scatter.default, base, some, 0, 0, -2)
+        check(aten.slice_scatter.default, base, some, 0, 2, S)
+
+
 # -- gathers and scatters ----------------------------------------------------------------------
 
 
