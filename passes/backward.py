@@ -306,7 +306,14 @@ def _oracle_gradients(layer: Layer, instance: Instance) -> dict[str, list[Tensor
         flat = [v for name in names for v in leaves[name] or ()]
         grads = list(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
     size = layer.form.world.size
-    return {name: grads[i * size : (i + 1) * size] for i, name in enumerate(names)}
+    found = {name: grads[i * size : (i + 1) * size] for i, name in enumerate(names)}
+    if layer.candidate.scores is not None:
+        # what follows from it in the graph may read any entry: all must be what the op implies
+        found["weights"] = [
+            instance.spread(g, ids)
+            for g, ids in zip(found["weights"], instance.sample.ids, strict=True)
+        ]
+    return found
 
 
 # per gradient: the tracked columns and real size of each of its last dimensions

@@ -33,7 +33,7 @@ class Emitter:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        set_value(node)
+        set_value(node, self.like)
         inherit(node, self.like)
         return node
 
@@ -50,10 +50,14 @@ def inherit(node: fx.Node, source: fx.Node) -> None:
             node.meta[key] = source.meta[key]
 
 
-def set_value(node: fx.Node) -> None:
-    """Run the node on the fake values of its arguments, under their fake mode."""
+def set_value(node: fx.Node, like: fx.Node | None = None) -> None:
+    """Run the node on the fake values of its arguments, under their fake mode.
+
+    `like` is a node of the same mode, for one without arguments.
+    """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), val)
-    mode = next(v.fake_mode for n in node.all_input_nodes if hasattr(v := val(n), "fake_mode"))
+    nodes = [*node.all_input_nodes, *([] if like is None else [like])]
+    mode = next(v.fake_mode for n in nodes if hasattr(v := val(n), "fake_mode"))
     with mode:
         node.meta["val"] = node.target(*args, **kwargs)
 

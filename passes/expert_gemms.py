@@ -1,8 +1,9 @@
 """Find expert GEMMs, and the pairs of them that make a layer.
 
 An expert GEMM is `aten._grouped_mm` of rows with a stack of matrices, the op that transformers has
-for experts that are not bfloat16, or `aten.bmm` whose one operand was gathered from a stack by
-index (one matrix per row). Those whose results reach another one's rows through row-local
+for experts that are not bfloat16, `aten.bmm` whose one operand was gathered from a stack by index (one
+matrix per row), or `aten.bmm` of a block of rows per expert with a whole stack that is an input of
+the graph (all experts on all tokens: *dense*). Those whose results reach another one's rows through row-local
 operations are its in-projections: one, or two for separate gate and up.
 """
 
@@ -16,6 +17,7 @@ from comet_compile.passes.graph_view import (
     is_float,
     is_integer,
     schema_name,
+    stored,
     val,
 )
 from comet_compile.passes.reasons import Rejection, RejectReason
@@ -48,11 +50,14 @@ def find_pairs(
         sources = _row_local_sources(gemm.rows, gemms)
         if not sources:
             continue
+        if any(gemms[s].dense != gemm.dense for s in sources):
+            continue
         pair = ExpertPair(tuple(gemms[s] for s in sources), gemm)
         pairs.append(pair)
         used |= {node, *sources}
     for node in gemms:
-        if node not in used:
+        # a product with a whole stack alone is no sign of experts
+        if node not in used and not gemms[node].dense:
             detail = f"{node.name} neither feeds nor follows another expert GEMM"
             refused.append((node, Rejection(RejectReason.UNPAIRED_GEMM, detail)))
     return pairs, refused
@@ -72,6 +77,8 @@ def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
                 stack, flipped = gathered
                 # left [S, N, K] @ column, or row @ right [S, K, N]
                 return ExpertGemm(node, other, stack, transposed=on_left != flipped)
+        if stored(right) is not None and is_float(right):
+            return ExpertGemm(node, left, right, transposed=False, dense=True)
     return None
 
 

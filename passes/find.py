@@ -36,7 +36,8 @@ from comet_compile.passes.graph_view import (
 )
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.region import Candidate, ExpertPair
-from comet_compile.passes.row_chains import output_chain, token_chain
+from comet_compile.passes.row_chains import added_table, output_chain, token_chain
+from comet_compile.passes.scores import scores_from
 
 aten = torch.ops.aten
 
@@ -82,6 +83,14 @@ def candidates(
         yield best or Rejection(RejectReason.NO_EXPERT_IDS, detail)
 
 
+def is_routed(pair: ExpertPair, graph: fx.Graph, backward: set[fx.Node]) -> bool:
+    """Whether there is a candidate at all.
+
+    Of GEMMs with whole stacks alone, many models have some that are no experts.
+    """
+    return any(isinstance(found, Candidate) for found in candidates(pair, graph, backward))
+
+
 def _may_be_as_many(num_rows: Any, num_tokens: Any) -> bool:
     """Whether an output of `num_rows` may hold one row per token.
 
@@ -119,7 +128,7 @@ def _cuts(
             ):
                 continue
             cut = stops | {ids} | ({weights} if weights is not None else set())
-            closed = _close(y, cut, experts)
+            closed = _close(y, cut, pair)
             if isinstance(closed, Rejection):
                 yield closed
                 continue
@@ -127,6 +136,25 @@ def _cuts(
                 continue
             nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
             yield Candidate(pair, x, ids, weights, y, closed.biases, nodes, slots[ids])
+        if not pair.dense:
+            continue
+        for node in latest[1:]:
+            if node not in permuted or not _scores_all(node, num_tokens, experts):
+                continue
+            scores = scores_from(node, ids, permuted, order)
+            closed = _close(y, stops | {node}, pair)
+            if scores is None or not isinstance(closed, _Closure):
+                continue
+            if stops | {node} <= closed.nodes:
+                nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
+                yield Candidate(pair, x, ids, node, y, closed.biases, nodes, slots[ids], scores)
+
+
+def _scores_all(node: fx.Node, num_tokens: Any, num_experts: int) -> bool:
+    """Whether `node` may hold a score of each expert for each token: floats [T, E]."""
+    if not is_float(node) or val(node).ndim != 2:
+        return False
+    return same_size(val(node).shape[0], num_tokens) and same_size(val(node).shape[1], num_experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +163,11 @@ class _Closure:
     biases: tuple[fx.Node, ...]
 
 
-def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | Rejection | None:
+def _close(y: fx.Node, cut: set[fx.Node], pair: ExpertPair) -> _Closure | Rejection | None:
     """Everything between `cut` and `y`; None if the region depends on a graph input beyond it.
 
-    Tables [L, columns] that rows index by expert are inputs too: biases. A number that enters the
+    Tables [L, columns] that rows index by expert are inputs too: biases. So are those that are
+    added to an expert's whole block of rows. A number that enters the
     graph as a 0-d tensor is the one input that no cut can leave outside.
     """
     biases: list[fx.Node] = []
@@ -157,7 +186,10 @@ def _close(y: fx.Node, cut: set[fx.Node], num_experts: int) -> _Closure | Reject
                 numbers.append(node)
                 continue
             return None
-        table = _bias_table(node, num_experts, cut)
+        if pair.dense:
+            table = added_table(node, pair.out.num_experts)
+        else:
+            table = _bias_table(node, pair.out.num_experts, cut)
         if table is not None:
             if table not in biases:
                 biases.append(table)

@@ -64,6 +64,28 @@ def is_known_size(node: fx.Node) -> bool:
     return not free_unbacked_symbols(value)
 
 
+_STORED_AS = {
+    torch.ops.aten.permute,
+    torch.ops.aten.transpose,
+    torch.ops.aten.view,
+    torch.ops.aten.reshape,
+    torch.ops.aten.unsqueeze,
+    torch.ops.aten.expand,
+    torch.ops.aten.clone,
+    torch.ops.aten._to_copy,
+    torch.ops.prims.convert_element_type,
+}
+
+
+def stored(node: Any) -> fx.Node | None:
+    """The graph input that `node` is, or is a view, a copy or a cast of; else None."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if getattr(node.target, "overloadpacket", None) not in _STORED_AS:
+            return None
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr") else None
+
+
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
     """The place of every node in graph order."""
     return {node: i for i, node in enumerate(graph.nodes)}

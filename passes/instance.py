@@ -119,7 +119,11 @@ class Instance:
         wide = Support(pair.ins[0].out_features, self.n_cols, zero=True)
         bound: dict[fx.Node, Ranked] = {candidate.x: self.rows(candidate.x, self.x)}
         bound[candidate.ids] = [ids.reshape(self._shape(candidate.ids)) for ids in self.sample.ids]
-        if candidate.weights is not None:
+        if candidate.scores is not None:
+            bound[candidate.scores.node] = [
+                self.spread(w, ids) for w, ids in zip(self.weights, self.sample.ids, strict=True)
+            ]
+        elif candidate.weights is not None:
             shape = self._shape(candidate.weights)
             bound[candidate.weights] = [w.reshape(shape) for w in self.weights]
         for gemm, data in zip(pair.ins, self.w_ins, strict=True):
@@ -134,6 +138,11 @@ class Instance:
             if node is not None:
                 bound[node] = [make(d, (None, columns)) for d in data]
         return bound
+
+    def spread(self, weights: Tensor, ids: Tensor) -> Tensor:
+        """[T, A] values of the slots as a matrix [T, E] that is zero elsewhere."""
+        zeros = weights.new_zeros(len(ids), self.candidate.pair.out.num_experts)
+        return zeros.scatter(1, ids, weights)
 
     def rows(self, node: fx.Node, data: Sequence[Tensor]) -> Ranked:
         """[T, h] rows of every rank as values of `node` ([.., H])."""

@@ -71,10 +71,12 @@ def check_layout(candidate: Candidate) -> Rejection | None:
 
 
 def check_size(candidate: Candidate, form: Form, max_rows: int) -> Rejection | None:
+    pair = candidate.pair
+    per_token = pair.out.num_experts if pair.dense else candidate.top_k
     try:
         choices = size_choices(candidate.nodes)
         rows = max(
-            concrete(numel(val(candidate.x).shape[:-1]), s) * candidate.top_k for s in choices
+            concrete(numel(val(candidate.x).shape[:-1]), s) * per_token for s in choices
         )
     except ValueError as error:
         return Rejection(RejectReason.DYNAMIC_SPLITS, f"{candidate.x.name}: {error}")

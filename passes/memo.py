@@ -44,7 +44,7 @@ def roles_of(candidate: Candidate) -> dict[fx.Node, tuple[str, ...]]:
     named = [
         ("x", candidate.x),
         ("ids", candidate.ids),
-        ("weights", candidate.weights),
+        ("weights" if candidate.scores is None else "scores", candidate.weights),
         *((f"in_{i}", gemm.stack) for i, gemm in enumerate(pair.ins)),
         ("out", pair.out.stack),
         *((f"bias_{i}", table) for i, table in enumerate(candidate.biases)),
@@ -63,6 +63,16 @@ def region_key(candidate: Candidate, numbers: Mapping[fx.Node, int]) -> Hashable
         (numbers[gemm.node], numbers[gemm.rows], gemm.transposed) for gemm in (*pair.ins, pair.out)
     )
     return (numbers[candidate.y], gemms, candidate.top_k)
+
+
+def scores_key(candidate: Candidate, terms: Terms) -> Hashable:
+    """What a proof says of scores: how they follow from the ids and from whatever tensors."""
+    scores = candidate.scores
+    if scores is None:
+        return None
+    roles: dict[fx.Node, Hashable] = {node: ("free", i) for i, node in enumerate(scores.free)}
+    roles[candidate.ids] = "ids"
+    return terms.numbered(scores.nodes, roles)[scores.node]
 
 
 def _operation(node: fx.Node, roles: Roles, numbers: Mapping[fx.Node, int]) -> tuple[Hashable, ...]:

@@ -37,7 +37,7 @@ from comet_compile.passes.backward import Gradients, Matches, find_gradients
 from comet_compile.passes.describe import bytes_saved, describe, estimate, summary
 from comet_compile.passes.graph_view import backward_nodes, source_line, val
 from comet_compile.passes.identity import group_facts, group_size, source_digest
-from comet_compile.passes.memo import region_key, roles_of
+from comet_compile.passes.memo import region_key, roles_of, scores_key
 from comet_compile.passes.prove import Layer, prove, weighting
 from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason, more_telling
@@ -121,6 +121,7 @@ class _Session:
         started = time.perf_counter()
         backward = backward_nodes(self.graph)
         pairs, refused = expert_gemms.find_pairs(self.graph, backward)
+        pairs = [p for p in pairs if not p.dense or find.is_routed(p, self.graph, backward)]
         if not pairs and not refused:
             log.debug("comet: no MoE region in a graph of %d nodes", len(self.graph.nodes))
             self._publish(started, len(self.graph.nodes), [], "", bool(backward))
@@ -222,6 +223,7 @@ class _Session:
             interval(ids),
             are_distinct(ids),
             weighting(candidate),
+            scores_key(candidate, self.matches.terms),
         )
         if key not in self.proofs:
             self.proofs[key] = prove(candidate, self.config.max_proof_rows, group_size)

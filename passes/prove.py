@@ -5,7 +5,8 @@ The verdict depends on the graph, the group's size and the options only, so ever
 reaches the same one.
 
 Steps
-1. Legality: the region's process group, and layouts, dtypes and sizes that the op can take.
+1. Legality: the region's process group, and layouts, dtypes and sizes that the op can take; of
+   scores of all experts, that they are zero but for the chosen ones (`scores.py`).
 2. Identify the activation: interpret the region on one routing and compare with every known
    function between the projections.
 3. Prove: interpret the region on all chosen routings and sizes, for all ranks, and compare every
@@ -32,6 +33,7 @@ from comet_compile.passes.ranges import are_distinct, interval
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.region import Candidate
 from comet_compile.passes.samples import REPEATED, SENTINEL_HIGH, SENTINEL_LOW, Sample
+from comet_compile.passes.scores import check as check_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,8 @@ def prove(
     if isinstance(form, Rejection):
         return form
     refused = check_layout(candidate) or check_size(candidate, form, max_rows)
+    if not refused and candidate.scores is not None:
+        refused = check_scores(candidate, form)
     if refused:
         return refused
     roles = _bias_roles(candidate)
@@ -134,6 +138,8 @@ def _bias_roles(candidate: Candidate) -> Roles:
 def _verify(layer: Layer) -> Rejection | None:
     candidate = layer.candidate
     for sample in samples(candidate, layer.form):
+        if sample.may_be_impossible and candidate.scores is not None:
+            continue  # ruled out beforehand: scores hold one number for each of the experts
         instance = Instance(candidate, layer.roles, layer.form, sample, layer.scale)
         outcome = outputs(candidate.y, instance)
         expected = instance.expected(layer.activation, layer.weight_place)

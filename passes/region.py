@@ -16,13 +16,15 @@ c10d = torch.ops._c10d_functional
 class ExpertGemm:
     """One product of rows with a stack of expert matrices.
 
-    `stack` is [L, K, N], or [L, N, K] if `transposed` (one matrix per expert either way).
+    `stack` is [L, K, N], or [L, N, K] if `transposed` (one matrix per expert either way). `dense`:
+    every expert has its own block of rows, [L, rows, K], whatever the routing is.
     """
 
     node: fx.Node
     rows: fx.Node
     stack: fx.Node
     transposed: bool
+    dense: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -48,6 +50,22 @@ class ExpertPair:
     def stacks(self) -> tuple[fx.Node, ...]:
         return (*(gemm.stack for gemm in self.ins), self.out.stack)
 
+    @property
+    def dense(self) -> bool:
+        return self.out.dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """A matrix [T, E] of routing weights that follows from the ids, and how (see `scores.py`).
+
+    `nodes`, in graph order, compute `node` from the ids, constants and the `free` float tensors.
+    """
+
+    node: fx.Node
+    nodes: tuple[fx.Node, ...]
+    free: tuple[fx.Node, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -55,6 +73,9 @@ class Candidate:
 
     `nodes` are in graph order and hold the boundary nodes too; `biases` are the [L, columns]
     tables that rows pick a line of. `top_k` is the number of ids per token.
+
+    With `scores`, `weights` is a matrix [T, E] that holds the weights at the ids, and the region
+    itself knows no ids.
     """
 
     pair: ExpertPair
@@ -65,6 +86,7 @@ class Candidate:
     biases: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     top_k: int
+    scores: Scores | None = None
 
     def __str__(self) -> str:
         return f"{self.y.name} = moe({self.x.name}, {self.ids.name}, {self.weights})"

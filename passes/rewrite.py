@@ -190,7 +190,10 @@ def emit_arguments(layer: Layer) -> list[Any]:
         x = emit.call(prims.convert_element_type.default, x, val(pair.out.stack).dtype)
     slots = [-1, candidate.top_k]
     ids = _matrix(emit, candidate.ids, slots)
-    weights = None if candidate.weights is None else _matrix(emit, candidate.weights, slots)
+    if candidate.scores is not None:
+        weights: fx.Node | None = emit.call(aten.gather.default, candidate.scores.node, 1, ids)
+    else:
+        weights = None if candidate.weights is None else _matrix(emit, candidate.weights, slots)
     ins = [_logical(emit, gemm) for gemm in pair.ins]
     return [
         x,
@@ -324,9 +327,23 @@ def _emit_backward(
     outputs = getters(node, len(GRADIENT_NAMES))
     for name, nodes in gradients.nodes.items():
         gradient = outputs[GRADIENT_NAMES.index(name)]
+        if name == "weights" and layer.candidate.scores is not None:
+            gradient = _spread(Emitter(graph, outputs[-1].next, first), gradient, arguments[1], layer)
         for old in nodes:
             _substitute_gradient(old, gradient, gradients.flipped)
     return node
+
+
+def _spread(emit: Emitter, gradient: fx.Node, ids: fx.Node, layer: Layer) -> fx.Node:
+    """The gradient of the scores [T, E] that holds the slots' [T, A]."""
+    num_tokens = val(gradient).shape[0]
+    if not isinstance(num_tokens, int):
+        num_tokens = emit.call(aten.sym_size.int, gradient, 0)
+    zeros = emit.call(
+        aten.full.default, [num_tokens, layer.candidate.pair.out.num_experts], 0,
+        dtype=val(gradient).dtype, device=val(gradient).device,
+    )  # fmt: skip
+    return emit.call(aten.scatter.src, zeros, 1, ids, gradient)
 
 
 def _substitute_gradient(old: fx.Node, gradient: fx.Node, flipped: frozenset[fx.Node]) -> None:

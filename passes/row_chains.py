@@ -16,6 +16,7 @@ from comet_compile.passes.graph_view import (
     is_tensor,
     is_value,
     same_size,
+    stored,
     val,
     widens,
 )
@@ -134,7 +135,7 @@ def output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
             break
         if getattr(users[0].target, "overloadpacket", None) not in _COMBINES:
             break
-        if users[0].target is aten.add.Tensor and not _adds_bias(users[0], node):
+        if users[0].target is aten.add.Tensor and not _adds_bias(users[0], node, pair):
             break
         node = users[0]
     chain.reverse()
@@ -146,6 +147,24 @@ def _is_for(node: fx.Node, backward: set[fx.Node]) -> bool:
     return bool(node.users) and all(u in backward or _is_for(u, backward) for u in node.users)
 
 
-def _adds_bias(node: fx.Node, rows: fx.Node) -> bool:
+def _adds_bias(node: fx.Node, rows: fx.Node, pair: ExpertPair) -> bool:
+    if pair.dense and added_table(node, pair.out.num_experts) is not None:
+        return True
     others = [n for n in node.args[:2] if isinstance(n, fx.Node) and n is not rows]
     return all(_is_constant(n) or n.target in (aten.index.Tensor, aten.mul.Tensor) for n in others)
+
+
+def added_table(node: fx.Node, num_experts: int) -> fx.Node | None:
+    """The table [L, columns] of the graph's inputs of which `node` adds a line to each expert's
+    rows."""
+    if node.target is not aten.add.Tensor:
+        return None
+    for operand in node.args[:2]:
+        if not isinstance(operand, fx.Node) or stored(operand) is None:
+            continue
+        table = operand
+        while is_float(table) and val(table).ndim != 2 and table.op == "call_function":
+            table = table.args[0]
+        if is_float(table) and val(table).ndim == 2 and same_size(val(table).shape[0], num_experts):
+            return table
+    return None
