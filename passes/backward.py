@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from comet_compile.passes.graph_view import (
     ancestors,
+    dependents,
     is_float,
     is_known_size,
     numel,
@@ -157,11 +158,28 @@ def _pure_part(
                 seen.add(user)
                 heapq.heappush(heap, (order[user], user))
     inner = known - set(candidate.inputs)
-    pure = _about(pure, grad_y, inner | _views(layer, inner, backward), order)
+    inner |= _views(layer, inner, backward)
+    if candidate.pair.dense:
+        # a product over all rows of an expert takes inner values flipped, not as they are
+        rows = dependents([candidate.x], candidate.nodes) - {candidate.y}
+        inner |= _made_of(rows, backward, constants)
+    pure = _about(pure, grad_y, inner, order)
     # what the incoming gradient itself is computed from is no part of the layer
     sources = {s for n in pure - {grad_y} for s in n.all_input_nodes}
     helpers = sources - pure - known
     return sorted(pure | _with_sources(helpers, known), key=order.__getitem__)
+
+
+def _made_of(rows: set[fx.Node], backward: set[fx.Node], constants: _Constants) -> set[fx.Node]:
+    """What the backward makes of the forward's `rows` before they meet a gradient."""
+    found: set[fx.Node] = set()
+    stack = list(rows)
+    while stack:
+        users = set(stack.pop().users) - backward - found - rows
+        new = {u for u in users if u.op == "call_function" and constants.have(u)}
+        found |= new
+        stack.extend(new)
+    return found
 
 
 def _about(

@@ -1,10 +1,10 @@
 """Find expert GEMMs, and the pairs of them that make a layer.
 
 An expert GEMM is `aten._grouped_mm` of rows with a stack of matrices, the op that transformers has
-for experts that are not bfloat16, `aten.bmm` whose one operand was gathered from a stack by index (one
-matrix per row), or `aten.bmm` of a block of rows per expert with a whole stack that is an input of
-the graph (all experts on all tokens: *dense*). Those whose results reach another one's rows through row-local
-operations are its in-projections: one, or two for separate gate and up.
+for experts that are not bfloat16, or an `aten.bmm`: one whose one operand was gathered from a stack
+by index (one matrix per row), or of a block of rows per expert with a whole stack that is an input
+of the graph (*dense*: all experts on all tokens). Those whose results reach another one's rows
+through row-local operations are its in-projections: one, or two for separate gate and up.
 """
 
 from __future__ import annotations

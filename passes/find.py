@@ -34,6 +34,7 @@ from comet_compile.passes.graph_view import (
     same_size,
     val,
 )
+from comet_compile.passes.ranges import interval
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.region import Candidate, ExpertPair
 from comet_compile.passes.row_chains import added_table, output_chain, token_chain
@@ -84,11 +85,17 @@ def candidates(
 
 
 def is_routed(pair: ExpertPair, graph: fx.Graph, backward: set[fx.Node]) -> bool:
-    """Whether there is a candidate at all.
+    """Whether there is a candidate at all, or something else that looks like expert ids.
 
     Of GEMMs with whole stacks alone, many models have some that are no experts.
     """
-    return any(isinstance(found, Candidate) for found in candidates(pair, graph, backward))
+    if any(isinstance(found, Candidate) for found in candidates(pair, graph, backward)):
+        return True
+    stops = {*token_chain(pair), *pair.stacks}
+    (*_, rows) = [pair.out.node, *reversed(output_chain(pair, backward))]
+    around = nearest_ancestors(rows, positions(graph), stops, _MAX_REACH)
+    bounds = [interval(node) for node in around if is_integer(node)]
+    return any(low >= 0 and high < pair.out.num_experts for low, high in bounds)
 
 
 def _may_be_as_many(num_rows: Any, num_tokens: Any) -> bool:

@@ -75,9 +75,7 @@ def check_size(candidate: Candidate, form: Form, max_rows: int) -> Rejection | N
     per_token = pair.out.num_experts if pair.dense else candidate.top_k
     try:
         choices = size_choices(candidate.nodes)
-        rows = max(
-            concrete(numel(val(candidate.x).shape[:-1]), s) * per_token for s in choices
-        )
+        rows = max(concrete(numel(val(candidate.x).shape[:-1]), s) * per_token for s in choices)
     except ValueError as error:
         return Rejection(RejectReason.DYNAMIC_SPLITS, f"{candidate.x.name}: {error}")
     # tokens differ by rank, so between ranks their number must not decide

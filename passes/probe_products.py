@@ -189,6 +189,16 @@ def _sum(
     return make(value.data.sum(sorted(gone), keepdim), tuple(supports))
 
 
+@handles(aten.mean)
+def _mean(
+    value: Value, dims: Sequence[int] | int | None = None, keepdim: bool = False, **_: Any
+) -> Value:
+    total = _sum(value, dims, keepdim)
+    scale = math.prod(shape_of(total)) / max(1, math.prod(shape_of(value)))
+    data = total.data if isinstance(total, Probe) else total
+    return make(data * scale, total.supports if isinstance(total, Probe) else (None,) * data.ndim)
+
+
 @handles(aten.mm)
 def _mm(left: Value, right: Value, **_: Any) -> Value:
     a, b = contract_pair(left, 1, right, 0)

@@ -328,7 +328,8 @@ def _emit_backward(
     for name, nodes in gradients.nodes.items():
         gradient = outputs[GRADIENT_NAMES.index(name)]
         if name == "weights" and layer.candidate.scores is not None:
-            gradient = _spread(Emitter(graph, outputs[-1].next, first), gradient, arguments[1], layer)
+            behind = Emitter(graph, outputs[-1].next, first)
+            gradient = _spread(behind, gradient, arguments[1], layer)
         for old in nodes:
             _substitute_gradient(old, gradient, gradients.flipped)
     return node

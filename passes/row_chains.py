@@ -15,6 +15,7 @@ from comet_compile.passes.graph_view import (
     is_float,
     is_tensor,
     is_value,
+    numel,
     same_size,
     stored,
     val,
@@ -71,6 +72,10 @@ def token_chain(pair: ExpertPair) -> list[fx.Node]:
                 chain.append(node)
         node = _main_source(node)
     chain.reverse()
+    if pair.dense and pair.out.num_experts > 1:
+        # the tokens are as many as the rows of one expert
+        rows = numel(val(pair.ins[0].rows).shape)
+        chain = [n for n in chain if not same_size(numel(val(n).shape), rows)]
     return sorted(chain, key=lambda n: val(n).ndim != 2)
 
 
@@ -110,6 +115,7 @@ _COMBINES = _MOVES | {
     aten.scatter,
     aten.where,
     aten.mul,
+    aten.mean,
     aten.sum,
     aten.add,
     aten.cat,
@@ -128,9 +134,8 @@ def output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
         if is_float(node) and val(node).ndim >= 2 and same_size(val(node).shape[-1], features):
             chain.append(node)
         # a size read off the value is no use of it
-        users = [u for u in node.users if u not in backward and u.op != "output" and is_value(u)]
-        if len(users) > 1:
-            users = [u for u in users if not _is_for(u, backward)]
+        users = [u for u in node.users if u.op != "output" and is_value(u)]
+        users = [u for u in users if not _serves_backward(u, backward)]
         if len(users) != 1 or any(u.op == "output" for u in node.users):
             break
         if getattr(users[0].target, "overloadpacket", None) not in _COMBINES:
@@ -142,9 +147,14 @@ def output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
     return sorted(chain, key=lambda n: val(n).ndim != 2)
 
 
-def _is_for(node: fx.Node, backward: set[fx.Node]) -> bool:
-    """Whether nothing but the backward uses `node`, as it does a transposed operand."""
-    return bool(node.users) and all(u in backward or _is_for(u, backward) for u in node.users)
+def _serves_backward(node: fx.Node, backward: set[fx.Node]) -> bool:
+    """Whether a value belongs to the backward, or is a view or copy made for it alone."""
+    while node not in backward:
+        moves = getattr(node.target, "overloadpacket", None) in _MOVES
+        if not moves or len(node.users) != 1:
+            return False
+        (node,) = node.users
+    return True
 
 
 def _adds_bias(node: fx.Node, rows: fx.Node, pair: ExpertPair) -> bool:

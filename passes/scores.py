@@ -118,9 +118,7 @@ def check(candidate: Candidate, form: Form) -> Rejection | None:
     return None
 
 
-def _scores(
-    candidate: Candidate, form: Form, sample: Sample, magnitude: float
-) -> Ranked | Failed:
+def _scores(candidate: Candidate, form: Form, sample: Sample, magnitude: float) -> Ranked | Failed:
     scores = candidate.scores
     assert scores is not None
     generator = torch.Generator().manual_seed(sample.seed)

@@ -28,13 +28,16 @@ WHY = {
         "order of their tokens, and all in front of the norm is rewritten"
     ),
 }
-# Models with experts of their own, outside the interface that transformers has for them.
+# Models with experts of their own, outside the interface that transformers has for them: those that
+# are rewritten, and those that are not.
+OWN_REWRITTEN = {
+    "llama4": "all experts on all tokens, in one bmm; rewritten to run the chosen ones",
+}
 OWN_EXPERTS = {
     "aria": "rows of an expert in a Python loop over counts",
     "dbrx": "a Python loop over the experts that are hit",
     "doge": "matrices of single columns, looked up for each token",
     "jetmoe": "a matrix product for each expert, of splits read on the host",
-    "llama4": "all experts on all tokens, in one bmm",
     "longcat_flash": "a Python loop over the experts that are hit",
     "nllb_moe": "a Python loop over the experts that are hit",
     "step3p7": "a Python loop over the experts that are hit",
@@ -63,7 +66,9 @@ def section(version: str) -> str:
         )
         cells = (", ".join(family.classes), *outcomes, WHY.get(family.name, ""))
         rows.append(f"| {' | '.join(cells)} |")
-    own = [f"- {name}: {OWN_EXPERTS[name]}" for name in hf_families.own_experts()]
+    own = hf_families.own_experts()
+    rewritten = [f"- {name}: {OWN_REWRITTEN[name]}" for name in own if name in OWN_REWRITTEN]
+    left = [f"- {name}: {OWN_EXPERTS[name]}" for name in own if name not in OWN_REWRITTEN]
     return "\n".join(
         (
             f"## transformers {version}",
@@ -72,9 +77,13 @@ def section(version: str) -> str:
             "",
             *rows,
             "",
+            "With experts of their own, rewritten forward and backward:",
+            "",
+            *rewritten,
+            "",
             "With experts of their own; none of them is rewritten yet:",
             "",
-            *own,
+            *left,
             "",
         )
     )

@@ -6,7 +6,10 @@ makes a page of the outcomes.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -47,11 +50,38 @@ def test_training_batched_mm(family: Family) -> None:
     check(family, "batched_mm", train=True)
 
 
+in_both_modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+
+
+@in_both_modes
+@pytest.mark.parametrize("name", model_page.OWN_REWRITTEN)
+def test_own_experts(name: str, train: bool) -> None:
+    layer = hf_families.OwnLayer(name, torch.bfloat16)
+    outcome = harness.compile_and_compare(layer, [hf_families.tokens()], train=train)
+    harness.assert_rewritten(outcome, 1, train=train)
+
+
+@in_both_modes
+@pytest.mark.parametrize("name", model_page.OWN_REWRITTEN)
+def test_own_experts_in_float32(name: str, train: bool) -> None:
+    layer = hf_families.OwnLayer(name, torch.float32)
+    x = hf_families.tokens(dtype=torch.float32)
+    wide = copy.deepcopy(layer).double()
+    ref = harness.results(wide, wide, x.double(), train)
+    eager = harness.results(layer, layer, x, train)
+    with harness.fresh_compilation():
+        compiled = torch.compile(layer, backend=harness.BACKEND, fullgraph=True)
+        got = harness.results(layer, compiled, x, train)
+        harness.assert_rewritten(harness.snapshot(compiled), 1, train=train)
+    harness.assert_all_match(got, ref, eager, name)
+
+
 def test_no_class_is_missed() -> None:
     families = hf_families.families()
     assert sum(len(family.classes) for family in families) == hf_families.num_decorated()
     assert len({name for family in families for name in family.classes}) > 20
-    assert set(hf_families.own_experts()) <= set(model_page.OWN_EXPERTS), (
+    known = {*model_page.OWN_EXPERTS, *model_page.OWN_REWRITTEN}
+    assert set(hf_families.own_experts()) <= known, (
         f"transformers {transformers.__version__} has sparse models outside the shared interface "
         "that nobody has looked at"
     )

@@ -22,7 +22,7 @@ import pytest
 import torch
 from mutations import Mutation
 from torch import fx, nn
-from zoo import near_misses
+from zoo import all_experts, near_misses
 from zoo.textbook import FuncolMoE, InPlaceFunctionMoE
 from zoo.titan import TitanMoE
 
@@ -72,6 +72,9 @@ CASES = (
     Case("two_layers", _two_layers, True, 20, 10),
     Case("batched", near_misses.BatchedMoE, False, 60, 25),
     Case("batched", near_misses.BatchedMoE, True, 60, 30),
+    Case("all_experts", all_experts.AllExperts, False, 60, 25, batched_input=True),
+    Case("all_experts", all_experts.AllExperts, True, 60, 25, batched_input=True),
+    Case("all_experts_after", all_experts.WeightedSum, True, 30, 12, batched_input=True),
     _hf("mixtral", "grouped_mm", False, 30, 15),
     _hf("gpt_oss", "grouped_mm", False, 12, 6),
     _hf("gpt_oss", "batched_mm", True, 8, 4),

@@ -309,6 +309,12 @@ def test_products() -> None:
     check(aten.mm.default, left, rows(OPEN, seed=1))
 
 
+def test_means() -> None:
+    check(aten.mean.dim, rows(OPEN), [0])
+    check(aten.mean.dim, rows(ZERO), [1], True)
+    check(aten.mean.default, rows(ZERO))
+
+
 def test_sums() -> None:
     check(aten.sum.dim_IntList, rows(OPEN), [0])
     check(aten.sum.dim_IntList, rows(ZERO), [1])
@@ -359,6 +365,7 @@ def test_bad_offsets_fail(offs: list[int]) -> None:
 UNTRACKED: dict[str, tuple[Any, ...]] = {
     "sum_of_open_columns": (aten.sum.dim_IntList, rows(OPEN), [1]),
     "sum_of_everything": (aten.sum.default, rows(OPEN)),
+    "mean_of_open_columns": (aten.mean.dim, rows(OPEN), [1]),
     "product_of_open_columns": (
         aten.mm.default, rows(OPEN), Both((H, 4), (OPEN, None), 1)
     ),

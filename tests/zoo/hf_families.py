@@ -115,6 +115,41 @@ def layer(
     return Layer(family, implementation, dtype)
 
 
+class OwnLayer(nn.Module):
+    """The block of a model with experts of its own: its router, experts and all; [B, S, H]."""
+
+    def __init__(self, model: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.block = _OWN_BLOCKS[model]().to(dtype)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.block.parameters():
+                value = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(value / parameter.shape[-2] ** 0.5)
+            # a quarter, for scores that differ behind a sigmoid
+            self.block.router.weight.copy_(0.25 * routing.router_rows(NUM_EXPERTS, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output without its router's logits."""
+        return self.block(x)[0].view(x.shape)
+
+
+def _llama4() -> nn.Module:
+    from transformers.models.llama4 import configuration_llama4, modeling_llama4
+
+    config = configuration_llama4.Llama4TextConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_local_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )
+    block: nn.Module = modeling_llama4.Llama4TextMoe(config)
+    return block
+
+
+_OWN_BLOCKS = {"llama4": _llama4}
+
+
 def tokens(batch: int = 2, seq: int = 12, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return [B, S, H] whose routing is planted."""
     ids_TA = routing.spread_ids(batch * seq, NUM_EXPERTS, TOP_K)
