@@ -92,7 +92,8 @@ def is_routed(pair: ExpertPair, graph: fx.Graph, backward: set[fx.Node]) -> bool
     if any(isinstance(found, Candidate) for found in candidates(pair, graph, backward)):
         return True
     stops = {*token_chain(pair), *pair.stacks}
-    (*_, rows) = [pair.out.node, *reversed(output_chain(pair, backward))]
+    chain = output_chain(pair, backward)
+    rows = chain[0] if chain else pair.out.node
     around = nearest_ancestors(rows, positions(graph), stops, _MAX_REACH)
     bounds = [interval(node) for node in around if is_integer(node)]
     return any(low >= 0 and high < pair.out.num_experts for low, high in bounds)
