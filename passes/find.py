@@ -41,6 +41,7 @@ from comet_compile.passes.row_chains import added_table, output_chain, token_cha
 from comet_compile.passes.scores import scores_from
 
 aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
 
 # how many cuts are tried for one layer, and how far up from its output ids and weights are sought
 _MAX_CANDIDATES = 48
@@ -142,8 +143,13 @@ def _cuts(
                 continue
             if closed is None or not cut <= closed.nodes:
                 continue
+            if any(n.target is c10d.reduce_scatter_tensor.default for n in closed.nodes):
+                continue  # no form of the op scatters what it has reduced: behind y, it stays
             nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
-            yield Candidate(pair, x, ids, weights, y, closed.biases, nodes, slots[ids])
+            for first in _first_ids(ids, closed.nodes):
+                yield Candidate(
+                    pair, x, ids, weights, y, closed.biases, nodes, slots[ids], first=first
+                )
         if not pair.dense:
             continue
         for node in latest[1:]:
@@ -156,6 +162,18 @@ def _cuts(
             if stops | {node} <= closed.nodes:
                 nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
                 yield Candidate(pair, x, ids, node, y, closed.biases, nodes, slots[ids], scores)
+
+
+def _first_ids(ids: fx.Node, nodes: set[fx.Node]) -> list[int]:
+    """Numbers that the region's experts may be counted from: 0, and what it subtracts from `ids`,
+    which are then those of the experts of all ranks."""
+    found = [0]
+    for user in ids.users:
+        if user not in nodes or user.target is not aten.sub.Tensor or user.args[0] is not ids:
+            continue
+        if isinstance(user.args[1], int) and user.args[1] > 0:
+            found.append(user.args[1])
+    return found
 
 
 def _scores_all(node: fx.Node, num_tokens: Any, num_experts: int) -> bool:

@@ -118,7 +118,8 @@ class Instance:
         inner = Support(pair.out.in_features, self.i_cols, zero=True)
         wide = Support(pair.ins[0].out_features, self.n_cols, zero=True)
         bound: dict[fx.Node, Ranked] = {candidate.x: self.rows(candidate.x, self.x)}
-        bound[candidate.ids] = [ids.reshape(self._shape(candidate.ids)) for ids in self.sample.ids]
+        shape = self._shape(candidate.ids)
+        bound[candidate.ids] = [ids.reshape(shape) + candidate.first for ids in self.sample.ids]
         if candidate.scores is not None:
             bound[candidate.scores.node] = [
                 self.spread(w, ids) for w, ids in zip(self.weights, self.sample.ids, strict=True)

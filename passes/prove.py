@@ -181,7 +181,7 @@ def _check_unusual(
             return None
         detail = f"{layer.candidate.ids.name} may hold one expert twice for a token"
         return Rejection(RejectReason.REPEATED_IDS, detail)
-    low, high = interval(layer.candidate.ids)
+    low, high = (bound - layer.candidate.first for bound in interval(layer.candidate.ids))
     experts = layer.candidate.pair.out.num_experts
     count = experts * layer.form.world.size if layer.form.shards_tokens else experts
     if (low >= 0) if sample.name == SENTINEL_LOW else (high < count):

@@ -74,8 +74,9 @@ class Candidate:
     `nodes` are in graph order and hold the boundary nodes too; `biases` are the [L, columns]
     tables that rows pick a line of. `top_k` is the number of ids per token.
 
-    With `scores`, `weights` is a matrix [T, E] that holds the weights at the ids, and the region
-    itself knows no ids.
+    `first` is the id of the first expert here: smaller ones, like those past the last expert, are
+    other ranks'. With `scores`, `weights` is a matrix [T, E] that holds the weights at the ids, and
+    the region itself knows no ids.
     """
 
     pair: ExpertPair
@@ -87,6 +88,7 @@ class Candidate:
     nodes: tuple[fx.Node, ...]
     top_k: int
     scores: Scores | None = None
+    first: int = 0
 
     def __str__(self) -> str:
         return f"{self.y.name} = moe({self.x.name}, {self.ids.name}, {self.weights})"

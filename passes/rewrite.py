@@ -190,6 +190,8 @@ def emit_arguments(layer: Layer) -> list[Any]:
         x = emit.call(prims.convert_element_type.default, x, val(pair.out.stack).dtype)
     slots = [-1, candidate.top_k]
     ids = _matrix(emit, candidate.ids, slots)
+    if candidate.first:
+        ids = emit.call(aten.sub.Tensor, ids, candidate.first)
     if candidate.scores is not None:
         weights: fx.Node | None = emit.call(aten.gather.default, candidate.scores.node, 1, ids)
     else:
