@@ -23,6 +23,7 @@ from torch import fx
 from comet_compile.passes.graph_view import (
     ancestors,
     dependents,
+    is_collective,
     is_float,
     is_integer,
     is_known_size,
@@ -166,8 +167,13 @@ def _cuts(
 
 def _first_ids(ids: fx.Node, nodes: set[fx.Node]) -> list[int]:
     """Numbers that the region's experts may be counted from: 0, and what it subtracts from `ids`,
-    which are then those of the experts of all ranks."""
+    which are then those of the experts of all ranks.
+
+    Between ranks just 0: there a proof holds for all of them, and the other number is one's own.
+    """
     found = [0]
+    if any(is_collective(n) and n.target is not c10d.wait_tensor.default for n in nodes):
+        return found
     for user in ids.users:
         if user not in nodes or user.target is not aten.sub.Tensor or user.args[0] is not ids:
             continue
