@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from comet_compile.pages import load_template
 from comet_compile.records import GraphPicture, RegionRecord
 from comet_compile.report import advice_for, plain, short_place
 
@@ -34,33 +35,21 @@ _UNITS = ("", "K", "M", "G", "T", "P")
 
 def render_html(report: Report) -> str:
     """Return `report` as one self-contained HTML page."""
-    try:
-        import jinja2
-        import networkx  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"Report.to_html needs {error.name}, which is not installed; "
-            "run: pip install comet-compile[report]"
-        ) from error
+    template = load_template("report.html.j2", "Report.to_html", "networkx")
     from comet_compile._version import __version__
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("comet_compile", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     regions = [_region_view(i, region) for i, region in enumerate(report.regions)]
-    return environment.get_template("report.html.j2").render(
-        version=__version__,
-        summary=report.summary(),
-        tiles=_tiles(report),
-        roles=_ROLES,
-        regions=regions,
-        graphs=report.graphs,
-        graph_breaks=report.graph_breaks,
-        explanation=report.to_text().splitlines()[1:] if not regions else [],
+    return str(
+        template.render(
+            version=__version__,
+            summary=report.summary(),
+            tiles=_tiles(report),
+            roles=_ROLES,
+            regions=regions,
+            graphs=report.graphs,
+            graph_breaks=report.graph_breaks,
+            explanation=report.to_text().splitlines()[1:] if not regions else [],
+        )
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from comet_compile.errors import CometError
 from comet_compile.kernels.schedule import KINDS, Schedule, Span, overlap_of
+from comet_compile.pages import load_template
 
 __all__ = [
     "ScheduleFileError",
@@ -79,20 +80,7 @@ def kind_shares(schedule: Schedule, rank: int) -> str:
 
 def render_page(schedule: Schedule, title: str, origin: str) -> str:
     """Return a page that needs no other file: a lane per CTA of every rank, coloured by kind."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(
-            "a picture of a schedule needs jinja2, which is not installed; "
-            "run: pip install comet-compile[report]"
-        ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("comet_compile", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    template = load_template("schedule.html.j2", "a picture of a schedule")
     total = schedule.total_us
     pictures = [
         {
@@ -103,16 +91,20 @@ def render_page(schedule: Schedule, title: str, origin: str) -> str:
         }
         for rank in _ranks(schedule)
     ]
-    return environment.get_template("schedule.html.j2").render(
-        title=title,
-        origin=origin,
-        kinds=KINDS,
-        total=f"{total:.0f}",
-        num_ctas=schedule.num_ctas,
-        width=_WIDTH,
-        height=_LANE * schedule.num_ctas + _GAP,
-        ticks=[(f"{_WIDTH * part / 8:.1f}", f"{total * part / 8:.0f} us") for part in range(1, 8)],
-        pictures=pictures,
+    return str(
+        template.render(
+            title=title,
+            origin=origin,
+            kinds=KINDS,
+            total=f"{total:.0f}",
+            num_ctas=schedule.num_ctas,
+            width=_WIDTH,
+            height=_LANE * schedule.num_ctas + _GAP,
+            ticks=[
+                (f"{_WIDTH * part / 8:.1f}", f"{total * part / 8:.0f} us") for part in range(1, 8)
+            ],
+            pictures=pictures,
+        )
     )
 
 
