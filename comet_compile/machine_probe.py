@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -31,7 +30,7 @@ from comet_compile.kernels.unfused_cost import predict_unfused
 from comet_compile.kernels.workspace import workspace_for
 from comet_compile.machine_fit import Observation
 from comet_compile.tuning_file import head, write_whole
-from comet_compile.tuning_layer import LayerSize, TunedLayer, make_layer, slowest, time_us
+from comet_compile.tuning_layer import LayerSize, TunedLayer, make_layer, median_us
 
 __all__ = ["measure_and_keep", "measure_machine", "write_machine"]
 
@@ -49,11 +48,10 @@ _LAYERS = (
 # of a rank: calls that are all latency, and calls that move much
 _EXCHANGES = ((2048, 768, 32, 8, 64), (2048, 768, 64, 8, 1024), (2048, 768, 64, 8, 8192))
 _PULLS = (8, 16, 24, 32, 64)
-_PUSHES = (4, 8, 12, 64, 132)
+_PUSHES = (4, 8, 12, 64)  # and as many as there are multiprocessors
 _COPIED = 64 * 2**20
 _TOPK = (1, 16384, 128, 8)
 """Fewest and most tokens, experts, top-k."""
-_REPEATS = 9
 # what is fitted to layers of each kind, one after the other
 _FITTED: dict[Any, Sequence[str | tuple[str, ...]]] = {
     predict: machine_fit.FORWARD,
@@ -72,7 +70,9 @@ def measure_machine(group: Any, device: Device, say: Say) -> tuple[Machine, floa
     for model, fields in _FITTED.items():
         machine = machine_fit.descend([row for row in rows if row.model is model], fields, machine)
     if group is not None and group.size() > 1:
-        machine = dataclasses.replace(machine, **_links(group, say), **_nccl(group, say))
+        machine = dataclasses.replace(
+            machine, **_links(group, device.num_sms, say), **_nccl(group, say)
+        )
         linked = _observe_exchanges(group, say)
         machine = machine_fit.descend(linked, machine_fit.LINKED, machine)
         rows += linked
@@ -132,13 +132,13 @@ def _observe(say: Say) -> list[Observation]:
                 continue  # latencies, which the forwards tell
             layer = make_layer(LayerSize(*sizes), None, backward=backward)
             model = predict_backward if backward else predict
-            found.append(Observation(load, _us(layer), model=model))
+            found.append(Observation(load, median_us(layer), model=model))
             if not backward and layer.run_layer0 is not None:
                 first = dataclasses.replace(layer, run=layer.run_layer0)
-                found.append(Observation(load, _us(first), ("tables", "layer0")))
+                found.append(Observation(load, median_us(first), ("tables", "layer0")))
             if not backward and layer.run_unfused is not None:
                 unfused = dataclasses.replace(layer, run=layer.run_unfused)
-                found.append(Observation(load, _us(unfused), model=predict_unfused))
+                found.append(Observation(load, median_us(unfused), model=predict_unfused))
             del layer
             torch.cuda.empty_cache()
     return found
@@ -150,7 +150,8 @@ def _observe_exchanges(group: Any, say: Say) -> list[Observation]:
         say(f"between ranks, a layer of {_describe(sizes)}")
         hidden, inter, experts, top_k, tokens = sizes
         load = Load(hidden, inter, experts * group.size(), top_k, (tokens,) * group.size())
-        found.append(Observation(load, _us(make_layer(LayerSize(*sizes), group, backward=False))))
+        layer = make_layer(LayerSize(*sizes), group, backward=False)
+        found.append(Observation(load, median_us(layer)))
     return found
 
 
@@ -164,20 +165,21 @@ def _topk() -> dict[str, Any]:
         def choose(_: Any, scores: torch.Tensor = scores) -> tuple[torch.Tensor, ...]:
             return tuple(torch.topk(scores.softmax(-1), top_k))
 
-        times.append(_us(TunedLayer(None, choose)))
+        times.append(median_us(TunedLayer(None, choose)))
     per_score = max(1e-3, 1e3 * (times[1] - times[0]) / ((many - few) * experts))
     return {"topk_us": times[0], "topk_element_ns": per_score}
 
 
-def _links(group: Any, say: Say) -> dict[str, Any]:
+def _links(group: Any, num_sms: int, say: Say) -> dict[str, Any]:
     """Return GB/s by the number of CTAs, all ranks copying from or to the next one at once."""
     device = torch.device("cuda", torch.cuda.current_device())
     offset = 2**20  # behind the flags
     workspace = workspace_for(offset + _COPIED, group, device)
     own = torch.empty(_COPIED // 2, dtype=torch.bfloat16, device=device)
     peer = (group.rank() + 1) % group.size()
+    pushes = sorted({*_PUSHES, num_sms})
     rates: dict[str, Any] = {}
-    for name, numbers, push in (("pull_gb", _PULLS, False), ("push_gb", _PUSHES, True)):
+    for name, numbers, push in (("pull_gb", _PULLS, False), ("push_gb", pushes, True)):
         say(f"links, {'pushing' if push else 'pulling'}")
         found = []
         for num_ctas in numbers:
@@ -186,7 +188,7 @@ def _links(group: Any, say: Say) -> dict[str, Any]:
                 link_rates.copy_peer(own, workspace.peers, peer, offset, num_ctas, push=push)
                 return ()
 
-            found.append((num_ctas, round(_COPIED / _us(TunedLayer(None, copy)) / 1e3, 1)))
+            found.append((num_ctas, round(_COPIED / median_us(TunedLayer(None, copy)) / 1e3, 1)))
         rates[name] = tuple(found)
     return rates
 
@@ -202,12 +204,7 @@ def _nccl(group: Any, say: Say) -> dict[str, Any]:
         return ()
 
     moved = _COPIED * (group.size() - 1) / group.size()
-    return {"nccl_gb": round(moved / _us(TunedLayer(None, exchange)) / 1e3, 1)}
-
-
-def _us(layer: TunedLayer) -> float:
-    times = [time_us(layer, layer.plan) for _ in range(3 + _REPEATS)][3:]
-    return slowest(statistics.median(times))
+    return {"nccl_gb": round(moved / median_us(TunedLayer(None, exchange)) / 1e3, 1)}
 
 
 def _describe(sizes: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from comet_compile.tuning_layer import (
     LayerSize,
     TunedLayer,
     make_layer,
+    median_us,
     time_us,
 )
 
@@ -31,7 +31,6 @@ __all__ = ["TraceError", "Traced", "show", "trace_layer"]
 
 CAPACITY = 4096
 """Stamps of a CTA that are kept."""
-_REPEATS = 9
 
 
 class TraceError(CometError, RuntimeError):
@@ -58,11 +57,11 @@ def trace_layer(size: LayerSize, group: Any) -> Traced:
     layer = make_layer(size, group, backward=False)
     device = torch.device("cuda", torch.cuda.current_device())
     workspace = workspace_for(0, group, device)
-    without = _median_us(layer)
+    without = median_us(layer)
     num_ctas = layer.plan.gemms.layer0.num_programs
     workspace.trace = trace.new_trace(num_ctas, CAPACITY, device)
     try:
-        us = _median_us(layer)
+        us = median_us(layer)
         offsets = trace.clock_offsets(workspace, group, DEADLINE)
         _run_aligned(layer, workspace.trace, trace.new_trace(num_ctas, CAPACITY, device))
         traces = [torch.empty_like(workspace.trace) for _ in range(group.size())]
@@ -88,13 +87,6 @@ def _run_aligned(layer: TunedLayer, stamps: Tensor, empty: Tensor) -> None:
         return layer.run(plan)
 
     time_us(dataclasses.replace(layer, run=run_twice), layer.plan)
-
-
-def _median_us(layer: TunedLayer) -> float:
-    times = [time_us(layer, layer.plan) for _ in range(3 + _REPEATS)][3:]
-    slowest = torch.tensor(statistics.median(times), device="cuda")
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return float(slowest)
 
 
 def show(size: LayerSize, group: Any, paths: Sequence[Path]) -> None:

@@ -24,6 +24,7 @@ from comet_compile.kernels.workspace import Layout, workspace_for
 
 DEADLINE = 20.0
 _REPEATS = 9
+_WARM_UP = 3
 # clock ticks, about a millisecond: a backward's launches take less
 HEAD_START = 2_000_000
 # results of other tiles differ by their rounding, which is far below this
@@ -158,6 +159,12 @@ def time_us(layer: TunedLayer, plan: Any) -> float:
     end.record()
     torch.cuda.synchronize()
     return 1e3 * begin.elapsed_time(end)
+
+
+def median_us(layer: TunedLayer, repeats: int = _REPEATS) -> float:
+    """Return the median microseconds of calls (`time_us`), of several ranks the slowest's."""
+    times = [time_us(layer, layer.plan) for _ in range(_WARM_UP + repeats)][_WARM_UP:]
+    return slowest(statistics.median(times), alone=layer.alone)
 
 
 def _agrees(layer: TunedLayer, plan: Any, wanted: Sequence[Tensor | None]) -> bool:

@@ -83,7 +83,7 @@ def test_a_machine_is_found_from_what_layers_take_on_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(machine_probe, "_observe", lambda say: observed(1))
     monkeypatch.setattr(machine_probe, "_observe_exchanges", lambda group, say: observed(2))
     monkeypatch.setattr(machine_probe, "_topk", lambda: topk)
-    monkeypatch.setattr(machine_probe, "_links", lambda group, say: links)
+    monkeypatch.setattr(machine_probe, "_links", lambda group, num_sms, say: links)
     monkeypatch.setattr(machine_probe, "_nccl", lambda group, say: {"nccl_gb": OTHER.nccl_gb})
     found, error = machine_probe.measure_machine(Group(), DEVICE, print)
     assert error < 0.01
