@@ -1,7 +1,7 @@
 """Traces of calls between ranks: their memory, the clocks of the ranks' GPUs, and what they tell.
 
 The kernels' side is `stamps`. The timers of two GPUs differ, so before ranks' stamps are laid side
-by side, `clock_offset` plays ping-pong over symmetric memory: rank 0 notes when it has called and
+by side, `clock_offsets` plays ping-pong over symmetric memory: rank 0 notes when it has called and
 when it was answered, its peer when it was called. In the round that took least, the peer was called
 half way between; what its timer shows more is its offset.
 """
