@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from comet_compile.kernels.recording import note_launch
+from comet_compile.kernels.launch_log import note_launch
 
 __all__ = [
     "OutOfResources",

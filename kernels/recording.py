@@ -3,8 +3,9 @@
 The fused paths are straight lines: allocate, launch, allocate, launch. For calls that differ in
 addresses only, what they launch with follows from where their inputs and buffers lie. So the
 second call of a kind is recorded: which kernels, which parameters, and of every pointer which
-input, buffer or result it points into and how far. Later calls take one allocation for all buffers
-and one for each result, write the addresses that changed, and launch.
+input, buffer or result it points into and how far. Later calls take one allocation for all small
+buffers and one for each result, write the addresses that changed, and launch. What is large is
+there only from its first use to its last, as in the call as written.
 
 `replay` decides by a key, which must tell calls apart in all but addresses (`paths` makes it).
 A call that does anything else than allocate, view and launch cannot be recorded; the recording
@@ -25,22 +26,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from comet_compile.kernels.packed_launch import (
-    PackedLaunch,
-    TensorMap,
-    UnknownLayoutError,
-    address_of,
-)
+from comet_compile.kernels.launch_log import LaunchLog, LoggedLaunch, Memory, logging_to
+from comet_compile.kernels.packed_launch import PackedLaunch, TensorMap, UnknownLayoutError
 
 log = logging.getLogger(__name__)
 
@@ -49,84 +46,9 @@ Results = tuple[Tensor | None, ...]
 _MAX_KEPT = 1024
 _MAX_MAPS = 16
 _ALIGNMENT = 256
-
-_aten = torch.ops.aten
-_ALLOCATE = {
-    _aten.empty.memory_format,
-    _aten.empty_like.default,
-    _aten.empty_strided.default,
-    _aten.new_empty.default,
-    _aten.new_empty_strided.default,
-}
-# Some of them copy where they must; an op sees these undecomposed, and their result tells.
-_VIEW = {
-    _aten.alias.default,
-    _aten.as_strided.default,
-    _aten.contiguous.default,
-    _aten.detach.default,
-    _aten.expand.default,
-    _aten.permute.default,
-    _aten.reshape.default,
-    _aten.select.int,
-    _aten.slice.Tensor,
-    _aten.split.Tensor,
-    _aten.split_with_sizes.default,
-    _aten.t.default,
-    _aten.to.dtype,
-    _aten.transpose.int,
-    _aten.unsqueeze.default,
-    _aten.view.default,
-    _aten.view.dtype,
-    _aten._reshape_alias.default,
-    _aten._unsafe_view.default,
-}
-
-
-class _Log(TorchDispatchMode):
-    """Notes the launches and allocations of one call, and what stands in the way of replaying."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
-        self.allocated: dict[int, Tensor] = {}  # by address; kept, so no address comes twice
-        self.obstacle: str | None = None
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _ALLOCATE:
-            if out.untyped_storage().nbytes():
-                self.allocated[out.untyped_storage().data_ptr()] = out
-        elif func not in _VIEW or not _shares_memory(out, args[0]):
-            self.obstacle = self.obstacle or f"it calls {func}"
-        return out
-
-
-def _shares_memory(out: Any, base: Tensor) -> bool:
-    """Whether a view, or all of a list of views, lies in the memory of `base`."""
-    outs = out if isinstance(out, list | tuple) else (out,)
-    here = base.untyped_storage().data_ptr()
-    return all(one.untyped_storage().data_ptr() == here for one in outs)
-
-
-class _Active(threading.local):
-    """The log that launches of this thread go to."""
-
-    log: _Log | None = None
-
-
-_active = _Active()
-
-
-def note_launch(compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-    """Tell the recording in progress, if there is one, of a launch that was made."""
-    if _active.log is None:
-        return
-    # Nothing is loaded in Triton's interpreter, or when kernels are compiled for another device.
-    if getattr(compiled, "module", None) is None:
-        _active.log.obstacle = "its kernels are not loaded"
-    _active.log.launches.append((compiled, grid, args))
+# Buffers and results of so many bytes are allocated when they are first used, and buffers freed
+# after their last use; to do so for small ones would take longer than their kernels.
+_LARGE = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,64 +61,119 @@ class _Result:
     device: torch.device
 
 
-class Recording:
-    """The launches of one call; roots are its inputs, then the buffers, then its results."""
+@dataclasses.dataclass
+class _Step:
+    """A launch; what is allocated before it, and freed or released after it, by root."""
 
-    def __init__(self, noted: _Log, inputs: Sequence[Tensor | None], constants: Sequence[Tensor],
-                 results: Results) -> None:  # fmt: skip
+    packed: PackedLaunch
+    allocated: list[int]
+    freed: list[int]
+    released: list[int]
+
+
+class Recording:
+    """The launches of one call.
+
+    Roots, what pointers point into: its inputs, a tensor of all small buffers, its results, its
+    large buffers.
+    """
+
+    def __init__(
+        self,
+        noted: LaunchLog,
+        inputs: Sequence[Tensor | None],
+        constants: Sequence[Tensor],
+        results: Results,
+    ) -> None:
         if noted.obstacle is not None:
             raise UnknownLayoutError(noted.obstacle)
         self._lock = threading.Lock()
         self._constants = tuple(constants)  # keeps what they point to alive
-        self._results = tuple(_describe_result(result, noted) for result in results)
-        roots = _Roots(noted, inputs, constants, results)
-        self._buffer_bytes, self._num_inputs = roots.buffer_bytes, len(inputs)
         self._device = next(t.device for t in inputs if t is not None)
-        num_roots = len(inputs) + 1 + len(results)
+        self._num_inputs = len(inputs)
+        self._results = [_describe_result(result, noted) for result in results]
+        buffers = _Buffers(noted, results, len(inputs))
+        self._small_bytes, self._large_bytes = buffers.small_bytes, buffers.large_bytes
+        num_roots = len(inputs) + 1 + len(results) + len(buffers.large_bytes)
         self._bases: list[int | None] = [None] * num_roots
         # of each root: (launch, index of the pointer, offset), and the descriptors
         self._pointers: list[list[tuple[PackedLaunch, int, int]]] = [[] for _ in range(num_roots)]
         self._maps: list[list[_Map]] = [[] for _ in range(num_roots)]
-        self._launches = []
-        for compiled, grid, args in noted.launches:
-            packed = PackedLaunch(compiled, grid, args)
-            self._launches.append(packed)
-            self._place(packed, args, roots)
+        self._steps = [_Step(one.packed, [], [], one.released) for one in noted.launches]
+        uses = [self._place(one, buffers) for one in noted.launches]
+        self._plan_lives(uses)
 
-    def _place(self, packed: PackedLaunch, args: tuple[Any, ...], roots: _Roots) -> None:
-        for place, index in enumerate(packed.pointer_args):
-            root, offset = roots.find(address_of(args[index]))
-            if root is None:
-                packed.addresses[place] = offset
-            else:
-                self._pointers[root].append((packed, place, offset))
-        for place, index in enumerate(packed.map_args):
-            root, offset = roots.find(address_of(args[index]))
-            if root is None:
-                raise UnknownLayoutError("a descriptor of what is no input, buffer or result")
-            self._maps[root].append(_Map(packed, place, offset, args[index]))
+    def _place(self, launch: LoggedLaunch, buffers: _Buffers) -> set[int]:
+        """Note what moves with which root; return the roots."""
+        used: set[int] = set()
+        for place, memory in enumerate(launch.pointers):
+            if memory.kind == "fixed":
+                launch.packed.addresses[place] = memory.offset
+                continue
+            root, offset = buffers.root_of(memory)
+            self._pointers[root].append((launch.packed, place, offset))
+            used.add(root)
+        for place, (memory, argument) in enumerate(launch.maps):
+            root, offset = buffers.root_of(memory)
+            self._maps[root].append(_Map(launch.packed, place, offset, argument))
+            used.add(root)
+        return used
+
+    def _plan_lives(self, uses: Sequence[set[int]]) -> None:
+        """Allocate what is large before its first use, and free large buffers after their last."""
+        first_result = self._num_inputs + 1
+        first_large = first_result + len(self._results)
+        large = set(range(first_large, len(self._bases)))
+        late = {r for r, one in enumerate(self._results, first_result) if _is_large(one)}
+        seen: set[int] = set()
+        for step, used in zip(self._steps, uses, strict=True):
+            step.allocated = sorted(used & (large | late) - seen)
+            seen |= used
+        self._at_once = [r for r in range(first_result, first_large) if r not in late & seen]
+        last: set[int] = set()
+        for step, used in zip(reversed(self._steps), reversed(uses), strict=True):
+            step.freed = sorted(used & large - last)
+            last |= used
 
     def run(self, inputs: Sequence[Tensor | None]) -> Results:
         """Launch everything for these inputs and return new results."""
-        device = self._device
-        buffers = torch.empty(self._buffer_bytes, dtype=torch.uint8, device=device)
-        results = [
-            None
-            if one is None
-            else torch.empty_strided(one.shape, one.strides, dtype=one.dtype, device=one.device)
-            for one in self._results
-        ]
-        roots = (*inputs, buffers, *results)
+        device, first_result = self._device, self._num_inputs + 1
+        small = torch.empty(self._small_bytes, dtype=torch.uint8, device=device)
+        roots: list[Tensor | None] = [*inputs, small, *[None] * (len(self._bases) - first_result)]
+        for root in self._at_once:
+            roots[root] = self._allocate(root)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         # Another thread may be in the middle of the same launches.
         with self._lock:
-            for root, tensor in enumerate(roots):
-                base = 0 if tensor is None else tensor.data_ptr()
-                if base != self._bases[root]:
-                    self._move(root, base)
-            for packed in self._launches:
-                packed.run(stream)
-        return tuple(results)
+            for root in (*range(first_result), *self._at_once):
+                self._point(root, roots[root])
+            for step in self._steps:
+                for root in step.allocated:
+                    roots[root] = self._allocate(root)
+                    self._point(root, roots[root])
+                step.packed.run(stream)
+                for root in step.freed:
+                    roots[root] = None
+                for root in step.released:
+                    released = inputs[root]
+                    assert released is not None
+                    released.untyped_storage().resize_(0)
+        return tuple(roots[first_result : first_result + len(self._results)])
+
+    def _allocate(self, root: int) -> Tensor | None:
+        index = root - self._num_inputs - 1
+        if index >= len(self._results):
+            size = self._large_bytes[index - len(self._results)]
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        one = self._results[index]
+        if one is None:
+            return None
+        return torch.empty_strided(one.shape, one.strides, dtype=one.dtype, device=one.device)
+
+    def _point(self, root: int, tensor: Tensor | None) -> None:
+        base = 0 if tensor is None else tensor.data_ptr()
+        if base != self._bases[root]:
+            self._move(root, base)
 
     def _move(self, root: int, base: int) -> None:
         for packed, place, offset in self._pointers[root]:
@@ -206,6 +183,35 @@ class Recording:
         self._bases[root] = base
 
 
+class _Buffers:
+    """Which root a call's buffers and results are in, and where."""
+
+    def __init__(self, noted: LaunchLog, results: Results, num_inputs: int) -> None:
+        result_of: dict[int, int] = {}
+        for root, result in enumerate(results, num_inputs + 1):
+            index = None if result is None else noted.buffer_of(result)
+            if index is not None and result_of.setdefault(index, root) != root:
+                raise UnknownLayoutError("two results share memory")
+        self.small_bytes, self.large_bytes = 0, list[int]()
+        self._roots: list[tuple[int, int]] = []  # of each buffer: root, offset
+        for index, size in enumerate(noted.buffer_bytes):
+            if index in result_of:
+                self._roots.append((result_of[index], 0))
+            elif size >= _LARGE:
+                self._roots.append((num_inputs + 1 + len(results) + len(self.large_bytes), 0))
+                self.large_bytes.append(size)
+            else:
+                self._roots.append((num_inputs, self.small_bytes))
+                self.small_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def root_of(self, memory: Memory) -> tuple[int, int]:
+        """Return (root, offset into it) of a place in an input or a buffer."""
+        if memory.kind == "input":
+            return memory.index, memory.offset
+        root, offset = self._roots[memory.index]
+        return root, offset + memory.offset
+
+
 class _Map:
     """A descriptor of a launch, encoded for the addresses it had lately; the last is in use."""
 
@@ -213,15 +219,7 @@ class _Map:
         self, packed: PackedLaunch, place: int, offset: int, argument: TensorDescriptor
     ) -> None:
         self._packed, self._place, self._offset = packed, place, offset
-        # without its tensor, which would be kept alive
-        base = argument.base
-        self._argument = TensorDescriptor(
-            _Address(base.dtype, base.data_ptr()),
-            argument.shape,
-            argument.strides,
-            argument.block_shape,
-            argument.padding,
-        )
+        self._argument = argument
         self._encoded: collections.OrderedDict[int, TensorMap] = collections.OrderedDict()
 
     def move(self, base: int) -> None:
@@ -236,65 +234,6 @@ class _Map:
         else:
             self._encoded.move_to_end(address)
         self._packed.set_map(self._place, made)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Address:
-    """What a descriptor asks of its base."""
-
-    dtype: torch.dtype
-    address: int
-
-    def data_ptr(self) -> int:
-        """The address."""
-        return self.address
-
-
-class _Roots:
-    """Finds the input, buffer or result that an address of the recorded call lies in."""
-
-    def __init__(
-        self,
-        noted: _Log,
-        inputs: Sequence[Tensor | None],
-        constants: Sequence[Tensor],
-        results: Results,
-    ) -> None:
-        self._ranges: list[tuple[int, int, int | None, int]] = []  # begin, end, root, offset
-        for root, tensor in enumerate(inputs):
-            if tensor is not None and tensor.numel():
-                begin = tensor.data_ptr()
-                self._ranges.append((begin, begin + _extent(tensor), root, 0))
-        result_of: dict[int, int] = {}
-        for root, result in enumerate(results, len(inputs) + 1):
-            if result is not None and result.numel():
-                begin = result.untyped_storage().data_ptr()
-                if begin in result_of:
-                    raise UnknownLayoutError("two results share memory")
-                result_of[begin] = root
-        self.buffer_bytes = 0
-        for begin, tensor in noted.allocated.items():
-            size = tensor.untyped_storage().nbytes()
-            if begin in result_of:
-                self._ranges.append((begin, begin + size, result_of[begin], 0))
-            else:
-                self._ranges.append((begin, begin + size, len(inputs), self.buffer_bytes))
-                self.buffer_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-        for tensor in constants:
-            storage = tensor.untyped_storage()
-            begin = storage.data_ptr()
-            self._ranges.append((begin, begin + storage.nbytes(), None, begin))
-
-    def find(self, address: int) -> tuple[int | None, int]:
-        """Return (root, offset into it), or (None, the address) for what never moves."""
-        if address == 0:
-            return None, 0
-        # of inputs that overlap, the one that begins last: what begins there is meant
-        found = [r for r in self._ranges if r[0] <= address < r[1]]
-        if found:
-            begin, _, root, offset = max(found, key=lambda one: one[0])
-            return root, offset + address - begin
-        raise UnknownLayoutError("a launch was given memory that is no input, buffer or result")
 
 
 _recordings: dict[Hashable, Recording | None] = {}
@@ -326,13 +265,9 @@ def replay(
         return call()
     if key in _recordings or _is_watched() or _begin_together(inputs):
         return call()
-    noted = _Log()
-    _active.log = noted
-    try:
-        with noted:
-            results = call()
-    finally:
-        _active.log = None
+    noted = LaunchLog(inputs, constants)
+    with logging_to(noted):
+        results = call()
     try:
         _keep(_recordings, key, Recording(noted, inputs, constants, results))
     except UnknownLayoutError as error:
@@ -359,17 +294,15 @@ def _is_watched() -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-def _describe_result(result: Tensor | None, noted: _Log) -> _Result | None:
+def _is_large(result: _Result | None) -> bool:
+    if result is None:
+        return False
+    return math.prod(result.shape) * result.dtype.itemsize >= _LARGE
+
+
+def _describe_result(result: Tensor | None, noted: LaunchLog) -> _Result | None:
     if result is None:
         return None
-    storage = result.untyped_storage()
-    is_whole = storage.nbytes() == _extent(result)
-    if result.numel() and (storage.data_ptr() not in noted.allocated or not is_whole):
+    if result.numel() and noted.buffer_of(result) is None:
         raise UnknownLayoutError("a result is not an allocation of the call's own")
     return _Result(tuple(result.shape), result.stride(), result.dtype, result.device)
-
-
-def _extent(tensor: Tensor) -> int:
-    """Return the bytes from a tensor's first element to its last."""
-    steps = ((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (1 + sum(steps)) * tensor.element_size() if tensor.numel() else 0

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from comet_compile.kernels import launch as launching
-from comet_compile.kernels import recording
+from comet_compile.kernels import launch_log
 from comet_compile.kernels.launch import (
     descriptor,
     div_up,
@@ -39,6 +39,16 @@ class Kernel:
         return run
 
 
+class Noted:
+    """A log that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def note_launch(self, *launch: Any) -> None:
+        self.launches.append(launch)
+
+
 def test_a_launch_goes_to_triton_as_it_is() -> None:
     kernel = Kernel()
     for size in (10, 20):
@@ -62,8 +72,8 @@ def test_ctas_that_wait_for_each_other_are_never_more_than_can_run_at_once(
 
 
 def test_a_recording_is_told_of_a_launch_once_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, noted = Kernel(), recording._Log()
-    monkeypatch.setattr(recording._active, "log", noted)
+    kernel, noted = Kernel(), Noted()
+    monkeypatch.setattr(launch_log._active, "log", noted)
     launch(kernel, GRID, "a", 10, FIRST=1)
     assert len(kernel.launches) == 1
     # constants are compiled in, so a launch has arguments only
@@ -71,8 +81,8 @@ def test_a_recording_is_told_of_a_launch_once_it_is_made(monkeypatch: pytest.Mon
 
 
 def test_no_recording_is_told_of_a_launch_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    noted = recording._Log()
-    monkeypatch.setattr(recording._active, "log", noted)
+    noted = Noted()
+    monkeypatch.setattr(launch_log._active, "log", noted)
 
     def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("out of resources")

@@ -31,9 +31,10 @@ from comet_compile.kernels import (
     fused_backward,
     fused_exchange,
     launch,
-    recording,
+    launch_log,
 )
 from comet_compile.kernels.experts import Matrices, Needs
+from comet_compile.kernels.launch_log import LaunchLog, logging_to
 from comet_compile.kernels.packed_launch import UnknownLayoutError
 from comet_compile.kernels.plan import Device
 from comet_compile.kernels.recording import Recording, Results
@@ -57,27 +58,23 @@ class Packed:
 @pytest.fixture(autouse=True)
 def _launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def note(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        recording.note_launch(SimpleNamespace(module="loaded"), grid, args)
+        launch_log.note_launch(SimpleNamespace(module="loaded"), grid, args)
 
     real = launch.launch
     for name, module in list(sys.modules.items()):
         if name.startswith("comet_compile.kernels.") and vars(module).get("launch") is real:
             monkeypatch.setattr(module, "launch", note)
-    monkeypatch.setattr(recording, "PackedLaunch", Packed)
+    monkeypatch.setattr(launch_log, "PackedLaunch", Packed)
 
 
 def record(
     call: Callable[[], Results], *inputs: Tensor | None, constants: tuple[Tensor, ...] = ()
 ) -> Recording:
     """Return the recording of a call, which raises UnknownLayoutError where there can be none."""
-    noted = recording._Log()
-    recording._active.log = noted
-    try:
-        with torch._C._AutoDispatchBelowAutograd(), noted:  # as an op is called
-            results = call()
-    finally:
-        recording._active.log = None
-    assert noted.launches
+    noted = LaunchLog(inputs, constants)
+    with torch._C._AutoDispatchBelowAutograd(), logging_to(noted):  # as an op is called
+        results = call()
+    assert noted.launches or noted.obstacle
     return Recording(noted, inputs, constants, results)
 
 

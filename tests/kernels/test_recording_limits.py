@@ -16,7 +16,7 @@ from launch_stand_ins import Driver, Kernel, stand_in
 from recorded_calls import GRID, Call, N, add_kernel, chain, copy_kernel, random
 from triton import knobs
 
-from comet_compile.kernels import recording
+from comet_compile.kernels import launch_log, recording
 from comet_compile.kernels.launch import descriptor, launch
 from comet_compile.kernels.recording import Results
 
@@ -208,7 +208,7 @@ def test_a_call_that_raises_is_recorded_when_it_does_not(driver: Driver, add: Ke
     call.body = fail
     with pytest.raises(ValueError, match="as written"):
         call(random(), random())
-    assert recording._active.log is None
+    assert launch_log._active.log is None
     assert not call.is_replayed
     call.body = body
     for _ in range(2):
