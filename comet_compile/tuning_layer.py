@@ -116,9 +116,8 @@ def make_layer(size: LayerSize, group: Any, *, backward: bool) -> TunedLayer:
 
     def backward_of(plan: Any) -> tuple[Tensor | None, ...]:
         workspace.check()
-        return fused_exchange.all_to_all_backward(
-            grad_y, routed, params, arithmetic, Needs(), plan, workspace, DEADLINE
-        )
+        args = grad_y, routed, params, arithmetic, Needs(), plan, workspace, DEADLINE
+        return fused_exchange.all_to_all_backward(*args, fused_exchange.begin_backward(*args))
 
     return TunedLayer(plan, backward_of if backward else forward)
 

@@ -71,6 +71,7 @@ class ExchangeCall(ExchangeEntry):
             first_bias,
             second_bias,
             saved_SN,
+            0 if saved_SN is None else saved_SN.shape[0],
             routing.arrive if tiles.paced else None,
             0 if params.b_in is None else params.b_in.stride(0),
             0.0 if act.alpha is None else act.alpha,

@@ -8,6 +8,8 @@ slots, R tile rows, H model dim.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,36 @@ from comet_compile.kernels.route_tiles import (
     place_slots,
     slots_per_block,
 )
-from comet_compile.kernels.tile_order import order_by_turn
+from comet_compile.kernels.tile_order import empty_order, order_by_turn
 from comet_compile.kernels.workspace import Layout, Workspace
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tables:
+    """What a rank knows of the slots of all ranks, as memory to be handed from call to call."""
+
+    slots: tuple[Tensor, Tensor | None, Tensor]  # ids [S], weights [S], numbers of tokens [P]
+    routing: Tensor
+    order: Tensor
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them; `of` takes them."""
+        return *self.slots, self.routing, self.order
+
+    def read_totals(self) -> tuple[int, int]:
+        """Return (number of tiles, number of slots that have a row), read off the device."""
+        num_tiles, num_slots = self.routing[:2].tolist()
+        return num_tiles, num_slots
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor | None, ...]) -> Tables:
+        """Return the tables of `tensors`."""
+        ids_S, weights_S, num_tokens_P, routing, order = tensors
+        assert ids_S is not None
+        assert num_tokens_P is not None
+        assert routing is not None
+        assert order is not None
+        return cls((ids_S, weights_S, num_tokens_P), routing, order)
 
 
 class ExchangeEntry:
@@ -44,9 +74,7 @@ class ExchangeEntry:
         grad_y: Tensor | None = None,
         clock: bool = True,
     ) -> None:
-        self.x = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
-        self.ids = routed.ids.contiguous()
-        self.weights = None if routed.weights is None else routed.weights.contiguous()
+        self.x, self.ids, self.weights = routed.x, routed.ids, routed.weights
         self.params = with_dense_biases(params)
         self.math, self.plan, self.workspace = math, plan, workspace
         self.clock = clock
@@ -69,9 +97,8 @@ class ExchangeEntry:
         ws, layout, rows = workspace, self.layout, (self.num_ranks, self.capacity, self.hidden)
         self.tokens = ws.view(layout.tokens, rows, self.x.dtype)
         self.sums = ws.view(layout.sums, rows, self.x.dtype)
-        self.grad_y = self.grads = None
+        self.grad_y, self.grads = grad_y, None
         if grad_y is not None:
-            self.grad_y = grad_y if grad_y.stride(1) == 1 else grad_y.contiguous()
             self.grads = ws.view(layout.grads, rows, self.x.dtype)
         table = (self.capacity, self.top_k)
         self.own_ids = ws.view(layout.ids, table, torch.int32)
@@ -84,13 +111,16 @@ class ExchangeEntry:
         block_h = min(1024, power_of_2(self.hidden))
         block_t = max(1, 8192 // block_h)
         grid = max(1, min(8 * self.num_sms, div_up(self.num_tokens, block_t)))
+        x, grad_y = _with_dense_rows(self.x), None
+        if self.grad_y is not None:
+            grad_y = _with_dense_rows(self.grad_y.to(x.dtype))
         launch(
             publish_tokens_kernel,
             full_grid(grid),
-            self.x,
-            self.ids,
-            self.weights,
-            self.grad_y,
+            x,
+            self.ids.contiguous(),
+            None if self.weights is None else self.weights.contiguous(),
+            grad_y,
             self.tokens,
             self.grads,
             self.own_ids,
@@ -101,8 +131,8 @@ class ExchangeEntry:
             ws.published,
             ws.epoch,
             self.num_tokens,
-            self.x.stride(0),
-            0 if self.grad_y is None else self.grad_y.stride(0),
+            x.stride(0),
+            0 if grad_y is None else grad_y.stride(0),
             ws.rank,
             ws.trace,
             A=self.top_k,
@@ -122,11 +152,8 @@ class ExchangeEntry:
         # blocks must not straddle turns
         block = min(slots_per_block(num_slots), num_slots & -num_slots)
         blocks_per_turn = div_up(num_slots, block)
-        num_all = self.num_ranks * num_slots
         bins = count_bins(num_experts)
-        self.ids_S = self.own_ids.new_empty(num_all)
-        self.weights_S = None if self.weights is None else self.own_weights.new_empty(num_all)
-        self.num_tokens_P = self.own_ids.new_empty(self.num_ranks)
+        self.take()
         hist = self.own_ids.new_empty(self.num_ranks * blocks_per_turn * bins)
         launch(
             receive_routing_kernel,
@@ -156,20 +183,44 @@ class ExchangeEntry:
             CLOCK=self.clock,
             num_warps=4,
         )
-        gemms = self.plan.gemms
+        place_slots(self.ids_S, hist, num_experts, block, self.routing)
+        order_by_turn(hist, num_experts, self.num_ranks, self.routing, self.plan.lead, self.order)
+
+    def take(self, tables: Tables | None = None, num_rows: int | None = None) -> None:
+        """Have tables of this rank's experts, to be filled by `receive`, or those of `tables`.
+
+        `num_rows`: how many rows to have room for; by default for any routing's.
+        """
+        num_experts, gemms, device = self.params.num_experts, self.plan.gemms, self.x.device
+        num_all = self.num_ranks * self.capacity * self.top_k
+        if tables is None:
+            self.ids_S = self.own_ids.new_empty(num_all)
+            self.weights_S = None if self.weights is None else self.own_weights.new_empty(num_all)
+            self.num_tokens_P = self.own_ids.new_empty(self.num_ranks)
+        else:
+            self.ids_S, self.weights_S, self.num_tokens_P = tables.slots
         num_tiles = max_tiles(num_all, num_experts, gemms.block_m)
         num_arrivals = gemms.layer0.num_arrivals(num_tiles, self.params.w_out.shape[1])
-        self.routing = empty_routing(
-            num_all,
-            num_experts,
-            gemms.block_m,
-            self.x.device,
-            num_arrivals + self.num_more_arrivals(),
+        routing = empty_routing(
+            num_all, num_experts, gemms.block_m, device, num_arrivals + self.num_more_arrivals(),
+            None if tables is None else tables.routing,
+        )  # fmt: skip
+        self.routing = routing if num_rows is None else routing.with_rows(num_rows)
+        self.more_arrive = routing.arrive[num_arrivals:]
+        self.order = empty_order(
+            num_experts, self.num_ranks, num_tiles, device, None if tables is None else tables.order
         )
-        self.more_arrive = self.routing.arrive[num_arrivals:]
-        place_slots(self.ids_S, hist, num_experts, block, self.routing)
-        self.order = order_by_turn(hist, num_experts, self.num_ranks, self.routing, self.plan.lead)
+
+    @property
+    def tables(self) -> Tables:
+        """What `receive` has found."""
+        slots = self.ids_S, self.weights_S, self.num_tokens_P
+        return Tables(slots, self.routing.memory, self.order.memory)
 
     def num_more_arrivals(self) -> int:
         """Return how many counters for pacing other GEMMs than layer0 take."""
         return 0
+
+
+def _with_dense_rows(tokens: Tensor) -> Tensor:
+    return tokens if tokens.stride(1) == 1 else tokens.contiguous()

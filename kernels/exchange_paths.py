@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from comet_compile.errors import OptionError
-from comet_compile.kernels import portable
+from comet_compile.kernels import portable, saved_rows
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import (
     ExpertParams,
@@ -29,6 +29,7 @@ from comet_compile.kernels.experts import (
 from comet_compile.kernels.path_calls import (
     add_up,
     fused_exchange,
+    is_captured,
     links,
     matrices_of,
     on_device,
@@ -50,27 +51,28 @@ def forward(
     group: dist.ProcessGroup,
     offers: Sequence[str | None],
     number: int,
-    *,
-    save: bool,
+    save: str,
 ) -> tuple[Tensor, Tensor]:
     """Return (y [T, H], saved) for tokens sharded over the group, expert e on rank ``e // L``.
 
     Fused where no rank objects (`offers`) and the ranks share a machine: facts that all ranks have
-    in common, so all take one path. `saved`, [0] unless asked for, has room for as many slots as
-    there would be if all ranks had this rank's tokens, and holds rows if `_ExchangePlan.keeps`,
-    else NaN.
+    in common, so all take one path. `saved` is [0] for `save` "nothing", else it has room for as
+    many rows as `saved_rows.room_between` says, and holds the first of them if
+    `_ExchangePlan.may_keep`, else NaN.
     """
     saved = routed.x.new_empty(0)
-    if save:
-        saved = routed.x.new_empty(group.size() * routed.ids.numel(), params.in_columns)
+    if save != "nothing":
+        room = saved_rows.room_between(routed.ids.numel(), group.size(), save)
+        saved = routed.x.new_empty(room, params.in_columns)
     call = _plan_exchange(routed, params, math, group, offers, number)
-    if save and (call is None or not call.keeps):
+    may_keep = call is not None and call.may_keep and saved.dim() == 2
+    if not may_keep:
         saved.fill_(float("nan"))
     if call is None:
         return portable.all_to_all_forward(routed, params, math, out_dtype, group), saved
     plan, num_rounds = call.plan, call.num_rounds
     workspace = _workspace(call, group, routed.x.device)
-    kept = saved if save and call.keeps else None
+    kept = saved if may_keep else None
     deadline = AGREEMENTS.seconds(group)
     y = routed.x.new_empty(routed.x.shape, dtype=out_dtype)
     with on_device(routed.x.device):
@@ -98,7 +100,7 @@ def forward(
 def backward(
     grad_y: Tensor,
     routed: Routed,
-    saved: Tensor,
+    saved: Tensor | None,
     params: ExpertParams,
     math: LayerMath,
     needs: Needs,
@@ -106,11 +108,14 @@ def backward(
     offers: Sequence[str | None],
     number: int,
     into: Matrices | None = None,
+    *,
+    frees: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
     Fused as the forward is, where the gradient of x is asked for. The gradients of matrices are
-    `into` if given, added to.
+    `into` if given, added to. With `frees`, the memory of the rows `saved` is given back when they
+    have been read.
     """
     call = None
     if needs.x:
@@ -121,9 +126,7 @@ def backward(
         )
         return add_up((d_x, d_weights, *weight_gradients(parts, params, needs)), into)
     plan, workspace = call.plan, _workspace(call, group, grad_y.device)
-    kept = saved if saved.dim() == 2 and call.keeps else None
     deadline = AGREEMENTS.seconds(group)
-
     # of several rounds the sum is rounded once, and then added
     added = into if call.num_rounds == 1 else None
 
@@ -132,14 +135,27 @@ def backward(
         if call.num_rounds > 1:
             tokens = slice(index * plan.capacity, (index + 1) * plan.capacity)
             part, grad_part = _tokens_of(routed, tokens), grad_y[tokens]
+        args = grad_part, part, params, math, needs, plan, workspace, deadline
+        what = number, describe(grad_part), plan.capacity, index, deadline
+        inputs = grad_part, *tensors_of(part), *tensors_of(params)
+        tables = replay(
+            ("all_to_all_begin_backward", *what),
+            inputs,
+            functools.partial(fused_exchange().begin_backward, *args),
+            workspace.constants,
+        )
+        most_kept, num_rows = call.most_slots, None
+        if _reads_rows(call, saved, grad_y.device):
+            num_rows, most_kept = _read_rows(tables, call, workspace)
+        has_all = saved is not None and call.may_keep and most_kept <= saved.shape[0]
+        kept = saved if has_all else None
         return replay(
             (
-                "all_to_all_backward", number, describe(grad_part), describe(kept), plan.capacity,
-                index, needs, deadline, added is None,
+                "all_to_all_backward", *what, describe(kept), num_rows, needs, added is None, frees,
             ),
-            (grad_part, *tensors_of(part), *tensors_of(params), kept, *matrices_of(added)),
+            (*inputs, *tables, kept, *matrices_of(added)),
             lambda: fused_exchange().all_to_all_backward(
-                grad_part, part, params, math, needs, plan, workspace, deadline, kept, added
+                *args, tables, num_rows, kept, added, frees=frees
             ),
             workspace.constants,
         )  # fmt: skip
@@ -150,6 +166,36 @@ def backward(
             return add_up(_join_rounds(map(run_round, range(call.num_rounds))), into)
         grads = run_round(0)
         return grads if into is None else with_matrices(grads, matrices_of(into))
+
+
+# Reading the number of rows lets the device run dry for some 30 us. Less memory is not worth it.
+_WORTH_READING = 256 * 2**20
+
+
+def _reads_rows(call: _ExchangePlan, saved: Tensor | None, device: torch.device) -> bool:
+    """Whether a backward asks the device how many rows there are, to have memory for no more.
+
+    Not while a CUDA graph is captured: its replays may have more. Rows that may have been too many
+    to be kept, it must ask about.
+    """
+    if call.num_rounds > 1 or is_captured(device):
+        return False
+    if saved is not None and call.may_keep and call.most_slots > saved.shape[0]:
+        return True
+    return call.spare_bytes >= _WORTH_READING
+
+
+def _read_rows(
+    tables: tuple[Tensor | None, ...], call: _ExchangePlan, workspace: Any
+) -> tuple[int | None, int]:
+    """Return (rows to have memory for, None for as many as there can be; rows without padding).
+
+    Rounded, so that calls of similar routings are the same.
+    """
+    num_tiles, num_slots = fused_exchange().Tables.of(tables).read_totals()
+    workspace.check()
+    num_rows = -(-num_tiles // call.tiles_step) * call.tiles_step * call.plan.gemms.block_m
+    return (num_rows if num_rows < call.max_rows else None), num_slots
 
 
 def _join_rounds(rounds: Iterable[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
@@ -233,14 +279,21 @@ def _plan_exchange(
 
 @dataclasses.dataclass(frozen=True)
 class _ExchangePlan:
-    """How one call between ranks runs; all but `keeps` is the same on all of them."""
+    """How one call between ranks runs; the same on all of them."""
 
     plan: Any
     num_rounds: int
     num_bytes: int  # of the workspace
-    keeps: bool
-    """Whether a forward that is asked to save has this rank's rows kept: where both directions
-    take one round, and they surely fit into memory sized by this rank's own tokens."""
+    max_rows: int
+    """As many rows as one rank can have."""
+    tiles_step: int
+    """A sixteenth of the tiles that a rank has if all have as many."""
+    spare_bytes: int
+    """Of the rows of a backward, if all ranks have as many, and there is memory for `max_rows`."""
+    most_slots: int
+    """As many slots as one rank can have a row for, now that the ranks' tokens are known."""
+    may_keep: bool
+    """Whether a forward that is asked to save keeps rows: where both directions take one round."""
 
 
 def _workspace(call: _ExchangePlan, group: dist.ProcessGroup, device: torch.device) -> Any:
@@ -266,8 +319,7 @@ def _new_exchange_plan(
         needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
         return max(1, -(-needed // row_bytes()[backward]))
 
-    in_one_round = rounds_of(backward=False) == rounds_of(backward=True) == 1
-    keeps = in_one_round and sum(tokens) <= num_ranks * x.shape[0]
+    may_keep = rounds_of(backward=False) == rounds_of(backward=True) == 1
     num_rounds = rounds_of(backward)
     if num_rounds > 1:
         capacity = exchange_plan.capacity_for([-(-max(tokens) // num_rounds)])
@@ -279,4 +331,16 @@ def _new_exchange_plan(
     layout = workspaces().Layout.of(
         capacity, top_k, x.shape[1], num_ranks, x.element_size(), backward=backward
     )
-    return _ExchangePlan(plan, num_rounds, layout.num_bytes, keeps)
+    num_slots, block_m = capacity * top_k, plan.gemms.block_m
+    max_rows = exchange_plan.max_rows(params, capacity, top_k, num_ranks, block_m)
+    needed = exchange_plan.row_bytes(params, capacity, top_k, num_ranks, backward=backward)
+    return _ExchangePlan(
+        plan,
+        num_rounds,
+        layout.num_bytes,
+        max_rows,
+        tiles_step=max(1, num_slots // 16 // block_m),
+        spare_bytes=needed - needed // num_ranks,
+        most_slots=sum(tokens) * top_k,
+        may_keep=may_keep,
+    )

@@ -13,6 +13,7 @@ from comet_compile.kernels import cost_model, layer0, machine_file, tuned
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.launch import div_up, power_of_2
 from comet_compile.kernels.plan import Plan, choose_plan, read_device
+from comet_compile.kernels.route_tiles import max_tiles
 
 # What a CTA fetches and computes in a second, with some to spare, on an H100 with NVLink. Only the
 # ratio counts: how many own tiles fill the time in which the peers' tokens come.
@@ -127,3 +128,8 @@ def row_bytes(
     if backward:
         columns += inter + 2 * params.in_columns + hidden
     return slots * columns * params.w_in.element_size()
+
+
+def max_rows(params: ExpertParams, capacity: int, top_k: int, num_ranks: int, block_m: int) -> int:
+    """Return how many tile rows a rank can have."""
+    return max_tiles(capacity * top_k * num_ranks, params.num_experts, block_m) * block_m

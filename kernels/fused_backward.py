@@ -14,6 +14,7 @@ from torch import Tensor
 from comet_compile.kernels import grad_params, grad_routing, layer0, layer1, layer_backward
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Matrices, Needs
 from comet_compile.kernels.fused import with_dense_biases
+from comet_compile.kernels.launch_log import release
 from comet_compile.kernels.plan import Plan
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.route_tiles import TileRouting, max_tiles, route_tiles
@@ -22,18 +23,21 @@ from comet_compile.kernels.route_tiles import TileRouting, max_tiles, route_tile
 def local_backward(
     grad_y: Tensor,
     routed: Routed,
-    saved: Tensor,
+    saved_SN: Tensor | None,
     params: ExpertParams,
     math: LayerMath,
     needs: Needs,
     plan: Plan,
     into: Matrices | None = None,
+    *,
+    frees: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
-    What `needs` does not ask for, or whose input is None, is None. `saved` are the rows [S, N] in
-    front of the activation as `fused.local_forward` saved them; [0] has them computed again. The
-    gradients of matrices are added to `into` if given, and None here.
+    What `needs` does not ask for, or whose input is None, is None. `saved_SN` are the rows in front
+    of the activation as `fused.local_forward` saved them; None has them computed again. With
+    `frees`, their memory is given back when they have been read. The gradients of matrices are
+    added to `into` if given, and None here.
     """
     x_TH = routed.x if routed.x.stride(1) == 1 else routed.x.contiguous()
     num_tiles = max_tiles(routed.ids.numel(), params.num_experts, plan.block_m)
@@ -55,30 +59,28 @@ def local_backward(
         needs=needs,
         plan=plan,
         gathered=plan.gathers,
+        into=into,
     )
-    matrices = into or call.new_matrices()
-    wh_RI = None
-    if saved.dim() != 2:
-        saved, wh_RI = call.compute_again(matrices)
+    # what is large is let go of as soon as it has been used
+    if saved_SN is None:
+        frees = False
+        saved_SN, wh_RI = call.compute_again()
+    else:
+        wh_RI = None
     grads = call.gather_grads()
-    d_pre_RN, wh_RI, d_w = call.grad_hidden(
-        grads, saved, matrices, call.routing.arrive[arrivals0:], wh_RI
-    )
+    d_pre_RN, wh_RI, d_w = call.grad_hidden(grads, saved_SN, call.routing.arrive[arrivals0:], wh_RI)
+    if frees:
+        release(saved_SN)
+    del saved_SN
     d_biases = call.grad_biases(d_pre_RN, grads)
-    call.grad_out_projection(grads, wh_RI, matrices)
+    d_w_out = call.grad_out_projection(grads, wh_RI)
+    del wh_RI
     # from here on the memory of the gradients' rows is free, and is taken twice
     rows_RH = grads if call.gathered else None
-    call.grad_in_projections(d_pre_RN, matrices, rows_RH)
+    d_w_in, d_w_up = call.grad_in_projections(d_pre_RN, rows_RH)
     d_x, d_w_before = call.grad_tokens(d_pre_RN, rows_RH)
     d_weights = call.grad_scores(d_w if d_w_before is None else d_w_before)
-    return d_x, d_weights, *new_gradients(matrices), *d_biases
-
-
-def new_gradients(matrices: Matrices) -> tuple[Tensor | None, ...]:
-    """Return the gradients of (w_in, w_up, w_out), None for those that were added to others."""
-    if matrices.has_values:
-        return None, None, None
-    return matrices.w_in, matrices.w_up, matrices.w_out
+    return d_x, d_weights, d_w_in, d_w_up, d_w_out, *d_biases
 
 
 def num_arrivals(num_slots: int, params: ExpertParams, plan: Plan) -> int:
@@ -101,6 +103,7 @@ class Call:
     needs: Needs
     plan: Plan
     gathered: bool
+    into: Matrices | None = None
 
     def weights_at(self, *places: str) -> Tensor | None:
         """Return the routing weights [T, A] if they multiply at one of `places`."""
@@ -112,31 +115,9 @@ class Call:
             return self.grad_TH
         return layer_backward.gather_rows(self.grad_TH, self.routing, self.top_k)
 
-    def new_matrices(self) -> Matrices:
-        """Return memory for the gradients of the matrices that are asked for."""
-        params, needs = self.params, self.needs
-
-        def memory(param: Tensor | None, needed: bool) -> Tensor | None:
-            return torch.empty_like(param) if param is not None and needed else None
-
-        return Matrices(
-            memory(params.w_in, needs.w_in),
-            memory(params.w_up, needs.w_up),
-            memory(params.w_out, needs.w_out),
-        )
-
-    def memory_for_rows(self, matrices: Matrices) -> Tensor:
-        """Return [S, N] for the rows in front of the activation, used up by `grad_hidden`.
-
-        Where they fit, they lie in the memory of the gradient of w_in.
-        """
-        shape = (self.routing.row_S.shape[0], self.params.in_columns)
-        rows_SN = _borrow(matrices, shape)
-        return self.x_TH.new_empty(shape) if rows_SN is None else rows_SN
-
-    def compute_again(self, matrices: Matrices) -> tuple[Tensor, Tensor]:
+    def compute_again(self) -> tuple[Tensor, Tensor]:
         """Return the rows in front of the activation [S, N], and memory [R, I]."""
-        saved_SN = self.memory_for_rows(matrices)
+        saved_SN = self.x_TH.new_empty(self.routing.row_S.shape[0], self.params.in_columns)
         h_RI = layer0.gather_gemm_act(
             self.x_TH, self.weights_TA, self.routing, with_dense_biases(self.params), self.math,
             self.plan.layer0, self.top_k, saved_SN,
@@ -144,26 +125,16 @@ class Call:
         return saved_SN, h_RI
 
     def grad_hidden(
-        self,
-        grads: Tensor,
-        saved_SN: Tensor,
-        matrices: Matrices,
-        arrive: Tensor,
-        wh_RI: Tensor | None = None,
+        self, grads: Tensor, saved_SN: Tensor, arrive: Tensor, wh_RI: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return (d_pre [R, N], wh [R, I], d_w parts) of `layer_backward.grad_hidden`.
 
-        wh is None where the gradient of w_out is not asked for. Else it lies in the memory given,
-        or in that of the gradient of w_in, if that is large enough: it must be used before that is
-        written.
+        wh is None where the gradient of w_out is not asked for, else in the memory given, if any.
         """
-        if matrices.w_out is None:
+        if not self.needs.w_out:
             wh_RI = None
         elif wh_RI is None:
-            shape = (self.routing.slot_R.shape[0], self.params.w_out.shape[1])
-            wh_RI = _borrow(matrices, shape)
-            if wh_RI is None:
-                wh_RI = saved_SN.new_empty(shape)
+            wh_RI = saved_SN.new_empty(self.routing.slot_R.shape[0], self.params.w_out.shape[1])
         d_pre_RN, d_w_PR = layer_backward.grad_hidden(
             grads,
             saved_SN,
@@ -234,12 +205,12 @@ class Call:
         return d_w_S.view(weights_TA.shape)
 
     def grad_in_projections(
-        self, d_pre_RN: Tensor, matrices: Matrices, rows_RH: Tensor | None
-    ) -> None:
-        """Fill the gradients of w_in and w_up; `rows_RH`: memory [R, H] to use."""
-        outs = (matrices.w_in, matrices.w_up)
-        if outs == (None, None):
-            return
+        self, d_pre_RN: Tensor, rows_RH: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of w_in and w_up; `rows_RH`: memory [R, H] to use."""
+        needed = (self.needs.w_in, self.needs.w_up and self.params.w_up is not None)
+        if needed == (False, False):
+            return None, None
         before_TA = self.weights_at("before")
         # multiplied in the GEMM, the tokens would pass through registers
         gathered = self.gathered or before_TA is not None
@@ -248,16 +219,21 @@ class Call:
             tokens = layer_backward.gather_rows(
                 self.x_TH, self.routing, self.top_k, before_TA, rows_RH
             )
-        for (rows, _), out in zip(self._in_projections(d_pre_RN), outs, strict=False):
-            if out is not None:
-                self._grad_matrix(tokens, rows, out, gathered, add=matrices.has_values)
+        grads: list[Tensor | None] = [None, None]
+        for index, (rows, weight) in enumerate(self._in_projections(d_pre_RN)):
+            if needed[index]:
+                into = self._into("w_up" if index else "w_in")
+                grads[index] = self._grad_matrix(tokens, rows, weight, into, gathered=gathered)
+        return grads[0], grads[1]
 
-    def grad_out_projection(self, grads: Tensor, wh_RI: Tensor | None, matrices: Matrices) -> None:
-        """Fill the gradient of w_out; `grads` is the gradient of y, or its rows."""
-        if matrices.w_out is not None:
-            assert wh_RI is not None
-            out_LHI = matrices.w_out.transpose(1, 2)
-            self._grad_matrix(grads, wh_RI, out_LHI, self.gathered, add=matrices.has_values)
+    def grad_out_projection(self, grads: Tensor, wh_RI: Tensor | None) -> Tensor | None:
+        """Return the gradient of w_out; `grads` is the gradient of y, or its rows."""
+        if wh_RI is None:
+            return None
+        into = self._into("w_out")
+        return self._grad_matrix(
+            grads, wh_RI, self.params.w_out, into, gathered=self.gathered, flipped=True
+        )
 
     def grad_biases(self, d_pre_RN: Tensor, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return (d_b_in, d_b_up, d_b_out); `grads` is the gradient of y, or its rows."""
@@ -294,25 +270,32 @@ class Call:
             return [(d_pre_RN, w_in)]
         return [(d_pre_RN[:, :inter], w_in), (d_pre_RN[:, inter:], w_up)]
 
+    def _into(self, name: str) -> Tensor | None:
+        return None if self.into is None else getattr(self.into, name)
+
     def _grad_matrix(
-        self, tokens: Tensor, rows: Tensor, out_LHQ: Tensor, gathered: bool, *, add: bool
-    ) -> None:
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        into: Tensor | None,
+        *,
+        gathered: bool,
+        flipped: bool = False,
+    ) -> Tensor | None:
+        """Return the gradient of `weight`, None if it was added to `into`.
+
+        `flipped`: the rows' columns are the first dimension of the matrices.
+        """
+        total = torch.empty_like(weight) if into is None else into
         grad_params.grad_weight(
             tokens,
             rows,
-            out_LHQ,
+            total.transpose(1, 2) if flipped else total,
             self.routing,
             self.plan.grad_weight,
             self.top_k,
             gathered=gathered,
-            add=add,
+            add=into is not None,
         )
-
-
-def _borrow(matrices: Matrices, shape: tuple[int, int]) -> Tensor | None:
-    """Return a contiguous tensor of `shape` in the memory of w_in's gradient, None if that is not
-    free or too small."""
-    lender = matrices.w_in
-    if lender is None or matrices.has_values or lender.numel() < shape[0] * shape[1]:
-        return None
-    return lender.as_strided(shape, (shape[1], 1))
+        return total if into is None else None

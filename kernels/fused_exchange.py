@@ -17,10 +17,12 @@ from torch import Tensor
 
 from comet_compile.kernels import fused_backward, grad_routing
 from comet_compile.kernels.exchange_call import ExchangeCall
+from comet_compile.kernels.exchange_entry import Tables
 from comet_compile.kernels.exchange_plan import ExchangePlan
 from comet_compile.kernels.experts import ExpertParams, LayerMath, Matrices, Needs
 from comet_compile.kernels.grad_routing import push_scores_kernel, sum_scores_kernel
 from comet_compile.kernels.launch import div_up, full_grid, launch
+from comet_compile.kernels.launch_log import release
 from comet_compile.kernels.portable import Routed
 from comet_compile.kernels.workspace import Workspace
 
@@ -37,8 +39,8 @@ def all_to_all_forward(
 ) -> tuple[()]:
     """Write y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
 
-    `saved_SN`, with room for all slots of all ranks, is given the rows in front of the activation
-    as by `layer0.gather_gemm_act`. `deadline` is in seconds. Returns nothing, as
+    `saved_SN` is given the rows in front of the activation as by `layer0.gather_gemm_act`, as many
+    as find room. `deadline` is in seconds. Returns nothing, as
     `recording.replay` wants it.
     """
     call = ExchangeCall(routed, params, math, plan, workspace, deadline)
@@ -46,6 +48,23 @@ def all_to_all_forward(
     call.receive()
     call.sum_own(call.combine(call.compute_hidden(saved_SN)), out_TH)
     return ()
+
+
+def begin_backward(
+    grad_y: Tensor,
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    needs: Needs,
+    plan: ExchangePlan,
+    workspace: Workspace,
+    deadline: float,
+) -> tuple[Tensor | None, ...]:
+    """Begin a backward; return its tables, as `Tables.tensors`, for `all_to_all_backward`."""
+    call = BackwardCall(grad_y, routed, params, math, needs, plan, workspace, deadline)
+    call.publish()
+    call.receive()
+    return call.tables.tensors()
 
 
 def all_to_all_backward(
@@ -57,21 +76,26 @@ def all_to_all_backward(
     plan: ExchangePlan,
     workspace: Workspace,
     deadline: float,
+    tables: tuple[Tensor | None, ...],
+    num_rows: int | None = None,
     saved_SN: Tensor | None = None,
     into: Matrices | None = None,
+    *,
+    frees: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
     What `needs` does not ask for, or whose input is None, is None; d_x must be asked for.
-    `saved_SN`: what the forward was given under that name; None has the rows computed again. The
-    gradients of matrices are added to `into` if given, and None here. Both are each rank's own
-    affair.
+    `num_rows`: how many there is memory for, by default as many as any routing can need.
+    `saved_SN`: what the forward was given under that name; None has the rows computed again. With
+    `frees`, their memory is given back when they have been read. The gradients of matrices are
+    added to `into` if given, and None here. All of these are each rank's own affair.
     """
     call = BackwardCall(
-        grad_y, routed, params, math, needs, plan, workspace, deadline, saved_SN=saved_SN, into=into
-    )
-    call.publish()
-    call.receive()
+        grad_y, routed, params, math, needs, plan, workspace, deadline,
+        saved_SN=saved_SN, frees=frees, into=into,
+    )  # fmt: skip
+    call.take(Tables.of(tables), num_rows)
     call.compute()
     return call.finish()
 
@@ -81,7 +105,7 @@ class BackwardCall(ExchangeCall):
 
     Tokens and the gradients of y are fetched, while the rows in front of the activation are
     computed again if they were not saved; from then on it is the local backward on P*C tokens. The
-    gradients of the tokens travel while those of the parameters are computed.
+    gradients of the tokens travel while those of w_in are computed.
     """
 
     def __init__(
@@ -96,14 +120,16 @@ class BackwardCall(ExchangeCall):
         deadline: float,
         *,
         saved_SN: Tensor | None = None,
+        frees: bool = False,
         into: Matrices | None = None,
         clock: bool = True,
     ) -> None:
         super().__init__(
             routed, params, math, plan, workspace, deadline,
-            grad_y=grad_y.to(routed.x.dtype), clock=clock,
+            grad_y=grad_y, clock=clock,
         )  # fmt: skip
         self.needs, self.saved_SN, self.into = needs, saved_SN, into
+        self.frees = frees and saved_SN is not None
         self.needs_weights = needs.weights and self.weights is not None
         self.weights_dtype = None if routed.weights is None else routed.weights.dtype
         self.scores = workspace.view(
@@ -130,13 +156,18 @@ class BackwardCall(ExchangeCall):
             needs=self.needs,
             plan=plan,
             gathered=plan.gathers,
+            into=self.into,
         )
-        matrices = self.into or local.new_matrices()
-        saved_SN, wh_RI = self._rows(local, matrices)
+        # what is large is let go of as soon as it has been used
+        saved_SN, wh_RI = self._rows(local)
         grads = local.gather_grads()
-        d_pre_RN, wh_RI, d_w_PR = local.grad_hidden(
-            grads, saved_SN, matrices, self.more_arrive, wh_RI
-        )
+        d_pre_RN, wh_RI, d_w_PR = local.grad_hidden(grads, saved_SN, self.more_arrive, wh_RI)
+        if self.frees:
+            release(saved_SN)
+        del saved_SN
+        d_biases = local.grad_biases(d_pre_RN, grads)
+        d_w_out = local.grad_out_projection(grads, wh_RI)
+        del wh_RI, grads
         self.rows_RH = self.multiply_and_send(
             d_pre_RN,
             params.w_in.transpose(1, 2),
@@ -153,10 +184,9 @@ class BackwardCall(ExchangeCall):
             d_w_TA = local.grad_scores(d_w_PR)
             assert d_w_TA is not None
             self._push_scores(d_w_TA)
-        d_biases = local.grad_biases(d_pre_RN, grads)
-        local.grad_out_projection(grads, wh_RI, matrices)
-        local.grad_in_projections(d_pre_RN, matrices, grads if local.gathered else None)
-        self.param_grads = (*fused_backward.new_gradients(matrices), *d_biases)
+        # the tokens' gradients are on their way
+        d_w_in, d_w_up = local.grad_in_projections(d_pre_RN, None)
+        self.param_grads = (d_w_in, d_w_up, d_w_out, *d_biases)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Return the gradients; those of tokens and weights have what the peers sent."""
@@ -165,13 +195,14 @@ class BackwardCall(ExchangeCall):
         self.sum_and_end(self.rows_RH, self._weights_before(), d_x_TH)
         return d_x_TH, d_weights, *self.param_grads
 
-    def _rows(self, local: fused_backward.Call, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, local: fused_backward.Call) -> tuple[Tensor, Tensor | None]:
         """Fetch; return the rows in front of the activation, and memory [R, I] if there is some."""
         if self.saved_SN is not None:
             dots = self.needs_weights and self.math.weight_place == "before"
             self.fetch(tokens=self.needs.w_in or self.needs.w_up or dots)
             return self.saved_SN, None
-        saved_SN = local.memory_for_rows(matrices)
+        num_rows = min(self.ids_S.shape[0], self.routing.slot_R.shape[0])
+        saved_SN = self.x.new_empty(num_rows, self.params.in_columns)
         return saved_SN, self.compute_hidden(saved_SN)
 
     def _weights_before(self) -> Tensor | None:

@@ -53,10 +53,10 @@ _VIEW = {
 
 
 class Memory(NamedTuple):
-    """A place in an "input" or a "buffer", by index; or an address that never moves ("fixed")."""
+    """A place in an "input" or a "buffer", by number; or an address that never moves ("fixed")."""
 
     kind: str
-    index: int
+    number: int
     offset: int
 
 
@@ -130,7 +130,7 @@ class LaunchLog(TorchDispatchMode):
         if len(found) != 1 or not self.launches:
             self.obstacle = self.obstacle or "it releases what is no input, or before any launch"
             return
-        self.launches[-1].released.append(found[0].index)
+        self.launches[-1].released.append(found[0].number)
         # buffers to come may lie there
         self._others = [one for one in self._others if one[2] != found[0]]
 

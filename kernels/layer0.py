@@ -66,8 +66,8 @@ def gather_gemm_act(
 ) -> Tensor:
     """Return h [R, I]; `saved_SN` is given the rows in front of the activation, unpadded.
 
-    The saved rows are in the order of `sort_slots`: by expert, then by slot. `routing` has as many
-    counters as `tiles.num_arrivals` asks for.
+    The saved rows are in the order of `sort_slots`: by expert, then by slot; those that find no
+    room are left out. `routing` has as many counters as `tiles.num_arrivals` asks for.
     """
     act = math.activation
     projection = view_in_projection(params, act)
@@ -95,6 +95,7 @@ def gather_gemm_act(
         first_bias,
         second_bias,
         saved_SN,
+        0 if saved_SN is None else saved_SN.shape[0],
         routing.arrive if tiles.paced else None,
         x_TH.stride(0),
         0 if params.b_in is None else params.b_in.stride(0),
@@ -149,7 +150,8 @@ def gather_gemm_act_kernel(
     weights_ptr,  # [S] or None
     first_bias_ptr,  # [L, *], experts stride_bias apart, or None
     second_bias_ptr,
-    saved_ptr,  # [S, N] or None
+    saved_ptr,  # [num_saved, N] or None
+    num_saved,
     arrive_ptr,
     stride_x,
     stride_bias,
@@ -185,9 +187,9 @@ def gather_gemm_act_kernel(
         patience = keep_pace(arrive_ptr, tile, num_m * num_n, GROUP_M, patience)
         compute_tile(
             tile_m, start_n, x_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr, first_row_M_ptr,
-            weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, stride_x, stride_bias, alpha,
-            limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED, KIND, GATED, UP_FIRST,
-            CLAMP, SCALE,
+            weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, num_saved, stride_x,
+            stride_bias, alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED, KIND,
+            GATED, UP_FIRST, CLAMP, SCALE,
         )  # fmt: skip
 
 
@@ -226,6 +228,7 @@ def compute_tile(
     first_bias_ptr,
     second_bias_ptr,
     saved_ptr,
+    num_saved,
     stride_x,
     stride_bias,
     alpha,
@@ -296,10 +299,11 @@ def compute_tile(
             second += tl.load(bias_ptrs, mask=is_column, other=0.0)[None, :].to(tl.float32)
     if saved_ptr is not None:
         row = tl.load(first_row_M_ptr + tile_m) + tl.arange(0, BM)
+        is_saved = (slot >= 0) & (row < num_saved)
         if SWAPPED:
-            _save_rows(saved_ptr, second, first, row, slot >= 0, offs_n, I, MODE, GATED)
+            _save_rows(saved_ptr, second, first, row, is_saved, offs_n, I, MODE, GATED)
         else:
-            _save_rows(saved_ptr, first, second, row, slot >= 0, offs_n, I, MODE, GATED)
+            _save_rows(saved_ptr, first, second, row, is_saved, offs_n, I, MODE, GATED)
     h = activate(first, second, alpha, limit, KIND, GATED, UP_FIRST, CLAMP)
     if SCALE == "between":
         h *= scale[:, None]

@@ -34,7 +34,8 @@ def dispatch_gemm_act_kernel(
     weights_ptr,  # [P * C * A] or None
     first_bias_ptr,
     second_bias_ptr,
-    saved_ptr,  # [P * C * A, N] or None
+    saved_ptr,  # [num_saved, N] or None
+    num_saved,
     arrive_ptr,
     stride_bias,
     alpha,
@@ -124,8 +125,8 @@ def dispatch_gemm_act_kernel(
             stamp(trace_ptr, IN_LAYER0, MULTIPLIES, tile, CLOCK)
             compute_tile(
                 tile_m, start_n, tokens_ptr, w_desc, h_desc, slot_R_ptr, expert_M_ptr,
-                first_row_M_ptr, weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, H,
-                stride_bias, alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED,
+                first_row_M_ptr, weights_ptr, first_bias_ptr, second_bias_ptr, saved_ptr, num_saved,
+                H, stride_bias, alpha, limit, TOP_K, H, I, BM, BN, BK, MODE, K_CONTIGUOUS, SWAPPED,
                 KIND, GATED, UP_FIRST, CLAMP, SCALE,
             )  # fmt: skip
     stamp(trace_ptr, IN_LAYER0, IDLES, num_tiles, CLOCK)

@@ -13,9 +13,13 @@ Meaning: ``y[t] = sum_j weights[t, j] * FFN_{ids[t, j]}(x[t])``, weights None = 
 
 `weight_place`: the routing weight multiplies the token row ("before"), the activated row
 ("between") or the expert's output row ("after"), in `product_dtype`. `save`: "pre_activation" keeps
-the rows in front of the activation for the backward, in an order private to the two ops. With
-"all_to_all" that is room for P * S rows, and only a hint: the backward knows whether they were
-kept. `token` orders the distributed ops of a graph: it is a data dependence in, a fresh int32
+the rows in front of the activation for the backward, in a form private to the two ops
+(`saved_rows`). With "all_to_all" that is room for P * S rows, or with "balanced" for little more
+than a rank's share, and only a hint: the backward knows whether all were kept. With `free_saved`
+the backward may give their memory back once it has read them; a later backward over the same
+forward computes them again.
+
+`token` orders the distributed ops of a graph: it is a data dependence in, a fresh int32
 tensor out.
 
 Each op has a twin with the suffix ``_syncing``, of the same meaning, for a path that reads counts
@@ -39,7 +43,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from comet_compile.kernels import exchange_paths, paths, replicated_paths
+from comet_compile.kernels import exchange_paths, paths, replicated_paths, saved_rows
 from comet_compile.kernels.agreement import AGREEMENTS
 from comet_compile.kernels.experts import ExpertParams, Matrices, Needs
 from comet_compile.kernels.lent_gradients import LOANS
@@ -61,7 +65,8 @@ _LAYER_SCHEMA = (
 )
 _BACKWARD_SCHEMA = (
     f"(Tensor grad_y, {_LAYER_TENSORS}, Tensor saved, Tensor? token, *, str activation, "
-    "str weight_place, ScalarType product_dtype, str form, str group_name, bool[] needs) "
+    "str weight_place, ScalarType product_dtype, str form, str group_name, bool[] needs, "
+    "bool free_saved=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -86,7 +91,7 @@ def _moe_layer(
     group_name: str,
     save: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y [T, H], saved [S, N (+ I)], [P * S, ...] or [0], token)."""
+    """Return (y [T, H], saved, which is [room, ...] or [0], token)."""
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
     checked = check_again(layer, activation, weight_place, product_dtype, form, group_name, save)
     routed, params, math, number = layer.routed, layer.params, checked.math, checked.number
@@ -102,15 +107,12 @@ def _moe_layer(
         )
         if group.size() > 1:
             path = exchange_paths if form == "all_to_all" else replicated_paths
-            y, saved = path.forward(
-                routed, params, math, out_dtype, group, offers, number,
-                save=save == "pre_activation",
-            )  # fmt: skip
-            return y, saved, _token_out(x, form)
+            y, saved = path.forward(routed, params, math, out_dtype, group, offers, number, save)
+            return y, _saved_out(x, saved), _token_out(x, form)
     y, saved = paths.local_forward(
-        routed, params, math, out_dtype, save=save == "pre_activation", number=number
+        routed, params, math, out_dtype, save=save != "nothing", number=number
     )
-    return y, saved, _token_out(x, form)
+    return y, _saved_out(x, saved), _token_out(x, form)
 
 
 def _moe_layer_fake(
@@ -137,13 +139,16 @@ def _moe_layer_fake(
     check_layer(layer, activation, weight_place, product_dtype, form, group_name, save)
     y = x.new_empty(x.shape, dtype=out_dtype)
     if save == "nothing":
-        return y, x.new_empty(0), _token_out(x, form)
-    columns = w_in.shape[2] + (0 if w_up is None else w_up.shape[2])
+        return y, _saved_out(x, None), _token_out(x, form)
+    in_columns = w_in.shape[2] + (0 if w_up is None else w_up.shape[2])
+    columns = saved_rows.columns_of(in_columns, x.dtype)
     num_slots = ids.shape[0] * ids.shape[1]
     if form == "all_to_all":
         name: Any = group_name
-        num_slots *= _resolve_process_group(name).size()
-    return y, x.new_empty(num_slots, columns), _token_out(x, form)
+        num_ranks = _resolve_process_group(name).size()
+        num_slots = saved_rows.room_between(num_slots, num_ranks, save)
+    saved = x.new_empty(num_slots, columns, dtype=saved_rows.DTYPE)
+    return y, saved, _token_out(x, form)
 
 
 def _moe_layer_backward(
@@ -166,6 +171,7 @@ def _moe_layer_backward(
     form: str,
     group_name: str,
     needs: Sequence[bool],
+    free_saved: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out, token).
 
@@ -186,13 +192,16 @@ def _moe_layer_backward(
             "comet::moe_layer_backward", form, group_name, layer, checked, facts, offer
         )
     into = _lent_gradients(params, wanted)
+    rows = saved_rows.unpack(saved, x.dtype)
+    frees = free_saved and rows is not None and saved_rows.may_be_freed(rows)
     if form == "all_to_all" and group is not None and group.size() > 1:
         grads = exchange_paths.backward(
-            grad_y, routed, saved, params, math, wanted, group, offers, checked.number, into
-        )
+            grad_y, routed, rows, params, math, wanted, group, offers, checked.number, into,
+            frees=frees,
+        )  # fmt: skip
     else:
         grads = paths.local_backward(
-            grad_y, routed, saved, params, math, wanted, checked.number, into
+            grad_y, routed, rows, params, math, wanted, checked.number, into, frees=frees
         )
     return *(x.new_empty(0) if grad is None else grad for grad in grads), _token_out(x, form)
 
@@ -233,6 +242,7 @@ def _moe_layer_backward_fake(
     form: str,
     group_name: str,
     needs: Sequence[bool],
+    free_saved: bool = False,
 ) -> tuple[Tensor, ...]:
     layer = Layer(x, ids, weights, w_in, w_up, w_out, b_in, b_up, b_out)
     check_layer(layer, activation, weight_place, product_dtype, form, group_name)
@@ -324,6 +334,12 @@ def _read_needs(needs: Sequence[bool]) -> Needs:
     if len(needs) != 8:
         raise ValueError(f"needs has {len(needs)} flags; allowed: 8, one for each gradient output")
     return Needs(*needs)
+
+
+def _saved_out(x: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None or rows.dim() != 2:
+        return x.new_empty(0, dtype=saved_rows.DTYPE)
+    return saved_rows.pack(rows)
 
 
 def _token_out(x: Tensor, form: str) -> Tensor:

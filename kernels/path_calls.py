@@ -47,6 +47,11 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being made of what runs here."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make `device` the current one: Triton launches there, wherever the tensors are."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

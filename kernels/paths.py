@@ -171,17 +171,20 @@ def local_forward(
 def local_backward(
     grad_y: Tensor,
     routed: Routed,
-    saved: Tensor,
+    saved: Tensor | None,
     params: ExpertParams,
     math: LayerMath,
     needs: Needs,
     number: int,
     into: Matrices | None = None,
+    *,
+    frees: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
     What `needs` does not ask for is None; the gradients of matrices are `into` if given, added to.
-    `number` is that of `validate.check_again`.
+    With `frees`, the memory of the rows `saved` is given back when they have been read. `number` is
+    that of `validate.check_again`.
     """
     plan = plan_here(routed, params, math, number, alone=True)
     if plan is not None:
@@ -194,15 +197,17 @@ def local_backward(
                     ),
                 )  # fmt: skip
             grads = replay(
-                ("local_backward", number, describe(grad_y), describe(saved), needs, into is None),
+                (
+                    "local_backward", number, describe(grad_y), describe(saved), needs,
+                    into is None, frees,
+                ),
                 (grad_y, saved, *tensors_of(routed), *tensors_of(params), *matrices_of(into)),
                 lambda: fused_backward().local_backward(
-                    grad_y, routed, saved, params, math, needs, plan, into
+                    grad_y, routed, saved, params, math, needs, plan, into, frees=frees
                 ),
-            )
+            )  # fmt: skip
         return grads if into is None else with_matrices(grads, matrices_of(into))
-    pre = saved if saved.dim() == 2 else None
-    d_x, d_weights, part = portable.local_backward(grad_y, routed, pre, params, math, needs)
+    d_x, d_weights, part = portable.local_backward(grad_y, routed, saved, params, math, needs)
     return add_up((d_x, d_weights, *weight_gradients([part], params, needs)), into)
 
 

@@ -207,8 +207,8 @@ class _Buffers:
     def root_of(self, memory: Memory) -> tuple[int, int]:
         """Return (root, offset into it) of a place in an input or a buffer."""
         if memory.kind == "input":
-            return memory.index, memory.offset
-        root, offset = self._roots[memory.index]
+            return memory.number, memory.offset
+        root, offset = self._roots[memory.number]
         return root, offset + memory.offset
 
 

@@ -34,27 +34,26 @@ def forward(
     group: dist.ProcessGroup,
     offers: Sequence[str | None],
     number: int,
-    *,
-    save: bool,
+    save: str,
 ) -> tuple[Tensor, Tensor]:
     """Return (y [T, H], saved) for tokens that every rank has, experts shared out, ids local.
 
     `saved` is this rank's, as from `paths.local_forward`. Raises ValueError on all ranks if they
     have different numbers of tokens, where the kernels run.
     """
-    found = _find_workspace(routed, out_dtype, group, offers)
+    found, saves = _find_workspace(routed, out_dtype, group, offers), save != "nothing"
     if found is None:
-        y, saved = paths.local_forward(routed, params, math, out_dtype, save=save, number=number)
+        y, saved = paths.local_forward(routed, params, math, out_dtype, save=saves, number=number)
         dist.all_reduce(y, group=group)
         return y, saved
     plan, deadline = paths.plan_here(routed, params, math, number), AGREEMENTS.seconds(group)
     with on_device(routed.x.device):
         found.enter()
         y, saved = replay(
-            ("replicated_forward", number, out_dtype, save, deadline),
+            ("replicated_forward", number, out_dtype, saves, deadline),
             (*tensors_of(routed), *tensors_of(params)),
             lambda: fused_replicated().replicated_forward(
-                routed, params, math, out_dtype, plan, found, deadline, save=save
+                routed, params, math, out_dtype, plan, found, deadline, save=saves
             ),
             found.constants,
         )

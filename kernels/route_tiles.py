@@ -38,9 +38,15 @@ class TileRouting:
     expert_M: Tensor  # [M] int32, the expert of each tile
     first_row_M: Tensor  # [M] int32, where the tile's rows begin if nothing is padded
     num_tiles: Tensor  # [1] int32
+    totals: Tensor  # [2] int32, num_tiles and the number of slots that have a row
     end_tile_L: Tensor  # [L] int32, where the tiles of each expert end
     arrive: Tensor  # int32 zeros, counters for `sync.keep_pace`
     block_m: int
+    memory: Tensor  # of all tables; `totals` come first
+
+    def with_rows(self, num_rows: int) -> TileRouting:
+        """Return the tables for work on `num_rows` rows at most, which all in use must be among."""
+        return dataclasses.replace(self, slot_R=self.slot_R[:num_rows])
 
 
 def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
@@ -58,7 +64,7 @@ def route_tiles(
     flat_S = ids_TA.reshape(-1)
     routing = empty_routing(num_slots, num_experts, block_m, ids_TA.device, num_arrivals)
     if num_slots == 0:
-        routing.num_tiles.zero_()
+        routing.totals.zero_()
         routing.end_tile_L.zero_()
         return routing
     bins, block = count_bins(num_experts), slots_per_block(num_slots)
@@ -86,23 +92,30 @@ def empty_routing(
     block_m: int,
     device: torch.device,
     num_arrivals: int = 0,
+    memory: Tensor | None = None,
 ) -> TileRouting:
-    """Return tables to be filled for any routing of that many slots."""
+    """Return tables to be filled for any routing of that many slots.
+
+    `memory`: that of tables of the same sizes, which may be filled already.
+    """
     num_tiles = max_tiles(num_slots, num_experts, block_m)
     # one allocation, cut where addresses stay multiples of 16 bytes
-    sizes = (num_tiles * block_m, num_slots, num_tiles, num_tiles, 1, num_experts, num_arrivals)
+    sizes = (2, num_tiles * block_m, num_slots, num_tiles, num_tiles, num_experts, num_arrivals)
     padded = [-(-size // 4) * 4 for size in sizes]
-    tables = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
-    slot_R, row_S, expert_M, first_row_M, count, ends, arrive = tables
+    if memory is None:
+        memory = torch.empty(sum(padded), dtype=torch.int32, device=device)
+    totals, slot_R, row_S, expert_M, first_row_M, ends, arrive = memory.split(padded)
     return TileRouting(
         slot_R,
         row_S[:num_slots],
         expert_M,
         first_row_M,
-        count[:1],
+        totals[:1],
+        totals[:2],
         ends[:num_experts],
         arrive[:num_arrivals],
         block_m,
+        memory,
     )
 
 
@@ -136,7 +149,7 @@ def place_slots(
         routing.row_S,
         routing.expert_M,
         routing.first_row_M,
-        routing.num_tiles,
+        routing.totals,
         routing.end_tile_L,
         routing.arrive,
         routing.arrive.shape[0],
@@ -189,7 +202,7 @@ def place_slots_kernel(
     row_S_ptr,
     expert_M_ptr,
     first_row_M_ptr,
-    num_tiles_ptr,
+    totals_ptr,
     end_tile_L_ptr,
     arrive_ptr,  # set to zero
     num_arrivals,
@@ -254,7 +267,8 @@ def place_slots_kernel(
 
     # The rest is shared out: the rows of padding, and the tiles.
     if block == 0:
-        tl.store(num_tiles_ptr, num_tiles)
+        tl.store(totals_ptr, num_tiles)
+        tl.store(totals_ptr + 1, tl.sum(count, 0))
         tl.store(end_tile_L_ptr + experts, end_tile, mask=experts < L)
     for first in range(block * PIECE, num_arrivals, num_blocks * PIECE):
         piece = first + tl.arange(0, PIECE)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +29,20 @@ class TileOrder:
     tile_2M: Tensor  # [2, M] int32
     turn_2M: Tensor  # [2, M] int32, the turn of the i-th tile in that order
     lead_2: Tensor  # [2] int32, how many tiles come in the order of their turns
+    scratch: Tensor
+    memory: Tensor  # of all of it
+
+
+def empty_order(
+    num_experts: int, num_turns: int, num_tiles: int, device: torch.device,
+    memory: Tensor | None = None,
+) -> TileOrder:  # fmt: skip
+    """Return room for the order of at most `num_tiles` tiles; `memory`: that of another one."""
+    sizes = (2 * num_tiles, 2 * num_tiles, 2, num_turns * 10 * count_bins(num_experts))
+    if memory is None:
+        memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    tile_2M, turn_2M, lead_2, scratch = memory.split(sizes)
+    return TileOrder(tile_2M.view(2, -1), turn_2M.view(2, -1), lead_2, scratch, memory)
 
 
 def order_by_turn(
@@ -36,8 +51,9 @@ def order_by_turn(
     num_turns: int,
     routing: TileRouting,
     lead: tuple[float, float],
-) -> TileOrder:
-    """Return the order of the tiles for layer0 and for layer1, each for its part of `lead`.
+    order: TileOrder,
+) -> None:
+    """Fill `order` for the tiles of layer0 and of layer1, each for its part of `lead`.
 
     The blocks of `hist` [NB, E_P] belong to turns, NB / `num_turns` to each. A tile's turn is that
     of its last row. First comes the part `lead` of all tiles, turn by turn and expert by expert
@@ -48,19 +64,17 @@ def order_by_turn(
     Example with two turns, the experts' tiles being a0 a1 of turn 0, a2 of turn 1, b0 of turn 0,
     b1 b2 of turn 1: lead 0.2 gives a0 a1 | a2 b0 b1 b2; lead 0.5 gives a0 a1 b0 | a2 b1 b2.
     """
-    bins, num_rows = count_bins(num_experts), routing.expert_M.shape[0]
-    sizes = (2 * num_rows, 2 * num_rows, 2, num_turns * 10 * bins)
-    tile_2M, turn_2M, lead_2, scratch = hist.new_empty(sum(sizes)).split(sizes)
+    bins = count_bins(num_experts)
     launch(
         order_tiles_kernel,
         full_grid(num_turns, 2),
         hist,
-        scratch,
-        tile_2M,
-        turn_2M,
-        lead_2,
+        order.scratch,
+        order.tile_2M,
+        order.turn_2M,
+        order.lead_2,
         hist.shape[0] // bins // num_turns,
-        num_rows,
+        order.tile_2M.shape[1],
         int(lead[0] * 1024),
         int(lead[1] * 1024),
         L=num_experts,
@@ -70,7 +84,6 @@ def order_by_turn(
         TILES=max(16, min(128, 8192 // bins)),
         num_warps=8,
     )
-    return TileOrder(tile_2M.view(2, -1), turn_2M.view(2, -1), lead_2)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from comet_compile.kernels.portable import Routed
 
 FORMS = ("local", "all_to_all", "replicated")
 WEIGHT_PLACES = ("before", "between", "after")
-SAVES = ("nothing", "pre_activation")
+SAVES = ("nothing", "pre_activation", "balanced")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTS = (torch.int64, torch.int32)
 

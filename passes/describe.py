@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comet_compile import records
+from comet_compile.kernels.saved_rows import room_between
 from comet_compile.passes.graph_view import concrete, numel, val
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.samples import size_choices
@@ -35,9 +36,13 @@ def estimate(layer: Layer) -> dict[str, Any]:
     return {"rows": rows, "flops": 2 * rows * hidden * columns, "bytes_sent": sent}
 
 
-def bytes_saved(layer: Layer) -> int:
-    """What a forward that saves keeps at the traced size, beside the layer's own inputs."""
-    rows = _num_slots(layer) * (layer.form.world.size if layer.form.shards_tokens else 1)
+def bytes_saved(layer: Layer, save: str) -> int:
+    """What a forward that saves so has room for at the traced size, beside the layer's inputs."""
+    if save == "nothing":
+        return 0
+    rows = _num_slots(layer)
+    if layer.form.shards_tokens:
+        rows = room_between(rows, layer.form.world.size, save)
     columns = sum(gemm.out_features for gemm in layer.candidate.pair.ins)
     return rows * columns * val(layer.candidate.x).dtype.itemsize
 

@@ -157,9 +157,11 @@ class _Session:
         work, arguments = estimate(layer), emit_arguments(layer)
         path = _choose_path(layer, arguments, work["rows"])
         save = self._save(layer, path) if gradients else "nothing"
-        work["bytes_saved"] = bytes_saved(layer) if save == "pre_activation" else 0
+        work["bytes_saved"] = bytes_saved(layer, save)
         self.bytes_saved += work["bytes_saved"]
-        rewritten = replace(layer, gradients, arguments, save, self.graph)
+        rewritten = replace(
+            layer, gradients, arguments, save, self.graph, free_saved=_may_free_early()
+        )
         if path.reads_host:
             rewritten.mark_syncing()
         self.rewritten.append(rewritten)
@@ -234,15 +236,16 @@ class _Session:
         """What the forward keeps, by option, path and what the layers before keep already."""
         if not layer.form.shards_tokens:
             return "pre_activation" if self.config.save == "auto" else self.config.save
-        if not path.may_keep:
+        if not path.may_keep or self.config.save == "nothing":
             return "nothing"
+        # whether little more than a rank's share was enough, a captured backward could not ask
+        save = "balanced" if _may_free_early() else "pre_activation"
         if self.config.save != "auto":
-            return self.config.save
-        # room for rows of all tokens of all ranks, so several times what arrives
+            return save
         device = val(layer.candidate.x).device
         total = torch.cuda.get_device_properties(device).total_memory
-        fits = self.bytes_saved + bytes_saved(layer) <= total // _PART_TO_KEEP
-        return "pre_activation" if fits else "nothing"
+        fits = self.bytes_saved + bytes_saved(layer, save) <= total // _PART_TO_KEEP
+        return save if fits else "nothing"
 
     # -- records ------------------------------------------------------------------------------
 
@@ -343,6 +346,14 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _may_free_early() -> bool:
+    """Whether a backward may give memory back that the graph still holds: not where Inductor
+    captures graphs, or plans memory, and counts on finding it."""
+    from torch._inductor import config
+
+    return not (config.triton.cudagraphs or config.memory_planning)
 
 
 def _choose_path(layer: Layer, arguments: list[Any], rows: int) -> paths.Choice:

@@ -119,11 +119,18 @@ def _is_owned_effect(node: fx.Node, region: set[fx.Node]) -> bool:
 
 
 def replace(
-    layer: Layer, gradients: Gradients | None, arguments: list[Any], save: str, graph: fx.Graph
+    layer: Layer,
+    gradients: Gradients | None,
+    arguments: list[Any],
+    save: str,
+    graph: fx.Graph,
+    *,
+    free_saved: bool = False,
 ) -> Rewritten:
     """Rewrite one region to an op of `emit_arguments`; `blocked` must have found nothing.
 
-    `finish` must follow.
+    `save` and `free_saved` are options of the ops: of what the forward saves, the backward is the
+    only user. `finish` must follow.
     """
     region = set(layer.candidate.nodes) - set(layer.candidate.inputs)
     region |= descendants(region) & _waits(graph)
@@ -132,7 +139,7 @@ def replace(
     y, saved = getters(forward, 2)
     backward = None
     if gradients is not None:
-        backward = _emit_backward(layer, gradients, arguments, saved)
+        backward = _emit_backward(layer, gradients, arguments, saved, free_saved)
     _substitute_output(layer, y)
     return Rewritten(forward, backward, frozenset(region | _backward_region(gradients)))
 
@@ -305,7 +312,7 @@ def _retire_sizes(graph: fx.Graph, old_shape: Sequence[Any], new_shape: Sequence
 
 
 def _emit_backward(
-    layer: Layer, gradients: Gradients, arguments: list[Any], saved: fx.Node
+    layer: Layer, gradients: Gradients, arguments: list[Any], saved: fx.Node, free_saved: bool
 ) -> fx.Node:
     graph = layer.candidate.y.graph
     held = {n for nodes in gradients.nodes.values() for n in nodes}
@@ -322,6 +329,7 @@ def _emit_backward(
         None,
         **_options(layer),
         needs=[name in gradients.nodes for name in GRADIENT_NAMES],
+        free_saved=free_saved,
     )
     # the op belongs to the backward even where the first gradient's own tag is missing
     node.meta["partitioner_tag"] = "is_backward"

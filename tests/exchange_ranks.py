@@ -154,11 +154,12 @@ class Ranks:
         for offset in (self.layout.tokens, self.layout.grads):
             workspace.view(offset, shape, self.whole.x.dtype)[1:] = float("nan")
 
-    def memory_for_rows(self, layer: Case) -> Tensor:
-        """[P * C * A, N] of NaN, what a rank keeps rows in."""
+    def memory_for_rows(self, layer: Case, num_rows: int | None = None) -> Tensor:
+        """[num_rows, N] of NaN, what a rank keeps rows in; [P * C * A, N] by default."""
         columns = layer.w_in.shape[2] + (0 if layer.w_up is None else layer.w_up.shape[2])
-        num_slots = self.num_ranks * self.plan.capacity * layer.ids.shape[1]
-        return layer.x.new_full((num_slots, columns), float("nan"))
+        if num_rows is None:
+            num_rows = self.num_ranks * self.plan.capacity * layer.ids.shape[1]
+        return layer.x.new_full((num_rows, columns), float("nan"))
 
     def run_backward(
         self,
@@ -166,8 +167,14 @@ class Ranks:
         needs: Needs | None = None,
         saved: Sequence[Tensor | None] | None = None,
         into: Sequence[Matrices | None] | None = None,
+        *,
+        fits: bool = False,
+        frees: bool = False,
     ) -> list[tuple[Tensor | None, ...]]:
-        """Each rank's gradients; ranks without `saved` rows compute them again."""
+        """Each rank's gradients; ranks without `saved` rows compute them again.
+
+        `fits`: with memory for as many rows as there are, and no more.
+        """
         calls = [
             BackwardCall(
                 layer.grad_y,
@@ -179,14 +186,20 @@ class Ranks:
                 self.workspaces[rank],
                 deadline=5.0,
                 saved_SN=None if saved is None else saved[rank],
+                frees=frees,
                 into=None if into is None else into[rank],
                 clock=self.device != "cpu",
             )
             for rank, layer in enumerate(layers)
         ]
-        for stage in (BackwardCall.publish, BackwardCall.receive, BackwardCall.compute):
+        for stage in (BackwardCall.publish, BackwardCall.receive):
             for call in calls:
                 stage(call)
+        for call in calls:
+            if fits:
+                num_tiles, _ = call.tables.read_totals()
+                call.take(call.tables, num_tiles * call.routing.block_m)
+            call.compute()
         return [call.finish() for call in calls]
 
 

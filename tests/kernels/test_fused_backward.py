@@ -31,7 +31,6 @@ from comet_compile.kernels import fused, fused_backward, layer1, portable
 from comet_compile.kernels.experts import Matrices, Needs, weight_gradients
 from comet_compile.kernels.plan import Device, Plan, choose_plan
 from comet_compile.kernels.refs import moe_layer_backward_ref
-from comet_compile.kernels.route_tiles import max_tiles
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -372,23 +371,25 @@ def test_rows_computed_again_give_the_same_bits(
     assert_same_bits_from_computed_rows(case, Needs())
 
 
-@pytest.mark.parametrize(
-    "needs",
-    [
-        Needs(),
-        Needs(w_in=False),
-        pytest.param(Needs(w_out=False), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_rows_computed_again_where_their_memory_is_borrowed_or_not(needs: Needs) -> None:
-    # 50 tokens' rows, at least 24 wide, do not fit into the gradient of w_in, those of 9 do
-    for num_tokens in (50, 9):
-        case = small_case(num_tokens=num_tokens, separate_up=True)
-        num_rows = case.ids.numel()
-        assert (num_rows * 2 * 24 > case.w_in.numel()) == (num_tokens == 50)
-        assert (max_tiles(num_rows, 3, 16) * 16 * 24 > case.w_in.numel()) == (num_tokens == 50)
+def test_rows_computed_again_for_some_gradients() -> None:
+    case = small_case(num_tokens=50, separate_up=True)
+    for needs in (Needs(w_in=False), Needs(w_out=False)):
         assert_same_bits_from_computed_rows(case, needs)
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_rows_are_freed_when_they_have_been_read(gathers: bool) -> None:
+    case = small_case(num_tokens=13, biases=True)
+    plan = dataclasses.replace(SMALL, gathers=gathers)
+    args = routed(case), params(case), math(case)
+    _, saved = fused.local_forward(*args, case.out_dtype, save=True, plan=plan)
+    got = fused_backward.local_backward(
+        case.grad_y, args[0], saved, *args[1:], Needs(), plan, frees=True
+    )
+    assert saved.untyped_storage().nbytes() == 0
+    for name, grad, kept in zip(GRAD_NAMES, got, run(case, plan=plan), strict=True):
+        assert (grad is None) == (kept is None), name
+        assert grad is None or torch.equal(grad, kept), name
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ def test_gradients_of_matrices_are_added_to_others(
             before[name] = torch.empty_like(alone[name]).copy_(noise)
     into = {name: grad.clone() for name, grad in before.items()}
     args = routed(case), params(case), math(case)
-    saved = torch.empty(0, dtype=case.x.dtype)
+    saved = None
     if saves:
         _, saved = fused.local_forward(*args, case.out_dtype, save=True, plan=SMALL)
     got = fused_backward.local_backward(
@@ -429,8 +430,7 @@ def test_gradients_of_matrices_are_added_to_others(
 
 
 def assert_same_bits_from_computed_rows(case: Case, needs: Needs) -> None:
-    nothing = torch.empty(0, dtype=case.x.dtype)
-    args = routed(case), nothing, params(case), math(case), needs, SMALL
+    args = routed(case), None, params(case), math(case), needs, SMALL
     got = fused_backward.local_backward(case.grad_y, *args)
     for name, grad, kept in zip(GRAD_NAMES, got, run(case, needs), strict=True):
         assert (grad is None) == (kept is None), name

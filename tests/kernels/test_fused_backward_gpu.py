@@ -31,16 +31,22 @@ GPT_OSS = "swiglu_oai:interleaved:alpha=1.702:limit=7.0"
 BEFORE: dict[str, Any] = {"weight_place": "before", "biases": True}
 
 
-def step(case: Case, save: str = "pre_activation") -> tuple[Tensor, ...]:
-    """(y, the gradients as the op returns them), forward and backward; [0] where there is none."""
+def step(case: Case, save: str = "pre_activation", frees: bool = False) -> tuple[Tensor, ...]:
+    """(y, the gradients as the op returns them), forward and backward; [0] where there is none.
+
+    With `frees`, the gradients of a second backward, for which the rows are gone.
+    """
     where = {"form": "local", "group_name": ""}
     options: dict[str, Any] = {**case.options(), **where}
     y, saved, token = torch.ops.comet.moe_layer(
         *case.tensors(), None, **options, out_dtype=case.out_dtype, save=save
     )
-    *grads, _ = torch.ops.comet.moe_layer_backward(
-        case.grad_y, *case.tensors(), saved, token, **options, needs=[True] * 8
-    )
+    for _ in range(2 if frees else 1):
+        *grads, _ = torch.ops.comet.moe_layer_backward(
+            case.grad_y, *case.tensors(), saved, token, **options, needs=[True] * 8,
+            free_saved=frees,
+        )  # fmt: skip
+        assert frees == (saved.untyped_storage().nbytes() == 0 and saved.numel() > 0)
     return y, *grads
 
 
@@ -56,6 +62,7 @@ def check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_fused(case)
     with poisoned_memory():
         got, again, computed_again = step(case), step(case), step(case, save="nothing")
+        second = step(case, frees=case.ids.numel() > 0)
     with monkeypatch.context() as patch:
         patch.setenv("COMET_PORTABLE", "1")
         assert not is_fused(case)
@@ -63,7 +70,7 @@ def check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     refs = moe_layer_backward_ref(
         case.grad_y, *case.tensors(), activation=case.activation, weight_place=case.weight_place
     )
-    for first, *others in zip(got, again, computed_again, strict=True):
+    for first, *others in zip(got, again, computed_again, second, strict=True):
         assert all(torch.equal(first, other) for other in others)
     for name, grad, ref, portable in zip(GRAD_NAMES, got[1:], refs, eager[1:], strict=True):
         if getattr(case, name) is None:

@@ -30,7 +30,7 @@ from comet_compile.kernels.route_tiles import (
     empty_routing,
     place_slots,
 )
-from comet_compile.kernels.tile_order import order_by_turn
+from comet_compile.kernels.tile_order import empty_order, order_by_turn
 from comet_compile.kernels.workspace import _FLAGS_BYTES, _MAX_RANKS, Layout, Workspace
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -166,7 +166,8 @@ def test_order_of_tiles(num_turns: int, routing: str, lead: float) -> None:
     tables = empty_routing(ids_S.numel(), num_experts, block_m, ids_S.device)
     place_slots(ids_S, hist.flatten(), num_experts, block, tables)
     leads = (lead, 1.0 - lead)
-    order = order_by_turn(hist.flatten(), num_experts, num_turns, tables, leads)
+    order = empty_order(num_experts, num_turns, tables.expert_M.shape[0], ids_S.device)
+    order_by_turn(hist.flatten(), num_experts, num_turns, tables, leads, order)
 
     num_tiles = int(tables.num_tiles)
     turn_S = [slot // slots_per_turn for slot in range(ids_S.numel())]

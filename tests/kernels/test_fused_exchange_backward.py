@@ -158,6 +158,39 @@ def test_saved_rows_give_the_same_bits(
                 assert grad is None or torch.equal(grad, other), name
 
 
+@pytest.mark.parametrize(("gathers", "keeps"), [(True, True), (False, False)])
+def test_memory_for_no_more_rows_than_there_are(gathers: bool, keeps: bool) -> None:
+    ranks = Ranks(2, capacity=32, biases=True, gathers=gathers)
+    layers = ranks.tokens(SEVERAL_TILES)
+    plain = ranks.run_backward(layers)
+    saved: list[Tensor | None] = [None, None]
+    if keeps:
+        rows = [ranks.memory_for_rows(layer) for layer in layers]
+        ranks.run(layers, rows)
+        saved = [*rows]
+    got = ranks.run_backward(layers, saved=saved, fits=True, frees=True)
+    for rank, grads in enumerate(plain):
+        kept = saved[rank]
+        assert kept is None or kept.untyped_storage().nbytes() == 0
+        for name, grad, other in zip(GRAD_NAMES, got[rank], grads, strict=True):
+            assert (grad is None) == (other is None), name
+            assert grad is None or torch.equal(grad, other), name
+
+
+def test_rows_that_find_no_room_are_left_out() -> None:
+    ranks = Ranks(2, capacity=32)
+    layers = ranks.tokens(SEVERAL_TILES)
+    every = [ranks.memory_for_rows(layer) for layer in layers]
+    ranks.run(layers, every)
+    some = [ranks.memory_for_rows(layer, 30) for layer in layers]
+    # behind the room begins other memory
+    behind = [torch.cat([rows, rows]) for rows in some]
+    ranks.run(layers, [rows[:30] for rows in behind])
+    for rows, whole in zip(behind, every, strict=True):
+        assert torch.equal(rows[:30], whole[:30])
+        assert rows[30:].isnan().all()
+
+
 def test_one_rank_adds_to_gradients_that_it_has() -> None:
     ranks = Ranks(2, gathers=True, biases=True)
     layers = ranks.tokens((11, 9))

@@ -167,6 +167,42 @@ def test_exchange(
     )
 
 
+@pytest.mark.parametrize("weight_place", ["before", "after"])
+@pytest.mark.parametrize(("gathers", "saves"), [(True, True), (False, False)])
+def test_exchange_backward(
+    gathers: bool, saves: bool, weight_place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (exchange_plan, exchange_entry):
+        monkeypatch.setattr(module, "read_device", lambda index: H200)
+    case = small_case(weight_place=weight_place, biases=True)
+    (num_tokens, top_k), hidden = case.ids.shape, case.x.shape[1]
+    capacity = exchange_plan.capacity_for([num_tokens, 80])
+    plan = exchange_plan.plan_exchange(params(case), math(case), top_k, capacity, 2, 0)
+    gemms = dataclasses.replace(plan.gemms, gathers=gathers)
+    plan = dataclasses.replace(plan, gemms=gemms)
+    layout = Layout.of(capacity, top_k, hidden, 2, case.x.element_size(), backward=True)
+    workspace = LocalWorkspace(layout.num_bytes, 1, 2)
+    args = case.grad_y, routed(case), params(case), math(case), Needs(), plan, workspace, 60.0
+    inputs, constants = (case.grad_y, *case.tensors()), workspace.constants
+    tables: Results = ()
+
+    def begin() -> Results:
+        nonlocal tables
+        tables = fused_exchange.begin_backward(*args)
+        return tables
+
+    record(begin, *inputs, constants=constants)
+    saved = case.x.new_empty(2 * capacity * top_k, params(case).in_columns) if saves else None
+    record(
+        lambda: fused_exchange.all_to_all_backward(
+            *args, tables, 4 * gemms.block_m, saved, frees=saves
+        ),
+        *(*inputs, *tables, saved),
+        constants=constants,
+    )
+    assert saved is None or saved.untyped_storage().nbytes() == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
