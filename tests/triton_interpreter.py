@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import pkgutil
 import sys
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, ClassVar
@@ -107,6 +110,27 @@ def interpreting() -> Iterator[None]:
     finally:
         for module, attribute, value in changed:
             setattr(module, attribute, value)
+
+
+def interpret_for_good() -> None:
+    """Interpret all kernels of the package in this process, a rank that others wait for."""
+    from comet_compile import kernels
+
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    interpreter.InterpreterBuilder.create_atomic_rmw = _patient_atomic_rmw
+    _for_good.enter_context(interpreting())
+
+
+_for_good = contextlib.ExitStack()
+_atomic_rmw = interpreter.InterpreterBuilder.create_atomic_rmw
+
+
+def _patient_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, *rest: Any) -> Any:
+    """Leave the core to others when a flag is looked at, which is what an addition of 0 does."""
+    if not val.data.any():
+        time.sleep(0.0005)
+    return _atomic_rmw(self, op, ptr, val, *rest)
 
 
 @functools.cache

@@ -1,4 +1,9 @@
-"""Run functions in N processes of this machine that form a group, with a deadline."""
+"""Run functions in N processes of this machine that form a group, with a deadline.
+
+Imports take a process four to nine seconds. Processes that live long import for themselves, so that
+their strings hash differently, and an order that a set gave would differ between ranks. Those of
+one function are forked from a process that has imported already, unless they are given a GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What ranks import. Nothing here starts a thread, which a fork would leave behind.
+PRELOADED = ("torch._inductor.compile_fx", "comet_compile.backend", "comet_compile.kernels.ops")
+
 
 def run_ranks(
     fn: Callable[..., Any],
@@ -32,7 +40,8 @@ def run_ranks(
     the rank's GPU is the current one. The first failure of a rank, or the deadline, ends all of
     them and raises.
     """
-    with RankPool(world_size, timeout=timeout, backend=backend) as pool:
+    forks = backend == "gloo"
+    with RankPool(world_size, timeout=timeout, backend=backend, forks=forks) as pool:
         return pool.run(fn, *args)
 
 
@@ -43,9 +52,18 @@ class RankPool:
     others take their place: no function meets what another left half done.
     """
 
-    def __init__(self, world_size: int, *, timeout: float = 120.0, backend: str = "gloo") -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        timeout: float = 120.0,
+        backend: str = "gloo",
+        forks: bool = False,
+    ) -> None:
         self.world_size, self.timeout, self.backend = world_size, timeout, backend
-        self._context = mp.get_context("spawn")
+        self._context: Any = mp.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._context.set_forkserver_preload(list(PRELOADED))
         self._processes: list[Any] = []
         self._commands: list[Any] = []
         self._results: Any = None
@@ -94,7 +112,9 @@ class RankPool:
             theirs, ours = self._context.Pipe(duplex=False)
             group = (rank, self.world_size, self.backend, store_path, self.timeout)
             process = self._context.Process(
-                target=_rank_main, args=(*group, theirs, self._results), daemon=True
+                target=_rank_main,
+                args=(*group, dict(os.environ), theirs, self._results),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -149,9 +169,12 @@ def _rank_main(
     backend: str,
     store_path: str,
     timeout: float,
+    environment: dict[str, str],
     commands: Any,
     results: Any,
 ) -> None:
+    os.environ.clear()  # a process that was forked has that of its parent's start
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         if backend == "nccl":

@@ -40,7 +40,7 @@ def use_interpreter(rank: int, folder: str, can_map: bool) -> Any:
         workspace,
     )
 
-    triton_interpreter.hasten()
+    triton_interpreter.interpret_for_good()
 
     class FileWorkspace(workspace.Workspace):
         def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -331,13 +331,12 @@ def replicated_main(rank: int, num_ranks: int, folder: str) -> tuple[list[float]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def folder(tmp_path: Path) -> str:
     import triton_interpreter
 
     reason = triton_interpreter.why_not()
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the processes import Triton
     for name in ("0-0", "0-1", "1-0", "1-1", "2-0", "2-1"):
         (tmp_path / name).write_bytes(bytes(BUFFER_BYTES))
     return str(tmp_path)

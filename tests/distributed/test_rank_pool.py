@@ -20,7 +20,7 @@ def fail_on_rank_1(rank: int, num_ranks: int) -> None:
 
 
 def test_a_failure_ends_the_processes_and_the_next_function_gets_others() -> None:
-    with RankPool(2, timeout=120) as pool:
+    with RankPool(2, timeout=120, forks=True) as pool:
         first = pool.run(process_id)
         assert pool.run(process_id) == first
         with pytest.raises(RuntimeError, match=r"fail_on_rank_1: rank 1 failed[\s\S]*as written"):
