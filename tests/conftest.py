@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
+import garbage
 import pytest
 
 SLOW = "COMET_SLOW_TESTS"
@@ -23,11 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # What is imported by now stays: hundreds of thousands of objects, which the collector would
-    # look through again and again, in 9 % of the time of a test that compiles.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    garbage.freeze_what_stays()
 
 
 def pytest_unconfigure() -> None:

@@ -7,6 +7,7 @@ one function are forked from a process that has imported already, unless they ar
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import garbage
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -189,7 +191,9 @@ def _rank_main(
         )
         while (command := _next(commands)) is not None:
             address, args = command
-            value = _load(*address)(rank, world_size, *args)
+            fn = _load(*address)
+            garbage.freeze_what_stays()
+            value = fn(rank, world_size, *args)
             dist.barrier()
             # As bytes: a tensor would travel as a file descriptor that dies with this process.
             buffer = io.BytesIO()
@@ -198,6 +202,7 @@ def _rank_main(
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         raise SystemExit(0) from None
+    gc.unfreeze()  # what is still frozen at exit, nanobind calls leaked
     results.close()
     results.join_thread()
     dist.destroy_process_group()
