@@ -38,7 +38,7 @@ from comet_compile.passes.memo import Terms, region_key, roles_of
 from comet_compile.passes.probe import Probe, Untracked, Value, make, restrict
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.simulate import Failed, Ranked, run
+from comet_compile.passes.simulate import Failed, Ranked, leading_to, run
 
 aten = torch.ops.aten
 
@@ -302,7 +302,9 @@ def _held(
                 held[node] = (name, flip)
                 return
 
-    nodes = [*candidate.nodes, *pure]
+    nodes: Sequence[fx.Node] = [*candidate.nodes, *pure]
+    if suspects is not None:
+        nodes = leading_to(suspects, nodes, bound)
     run(nodes, bound, layer.form.world, instance.sample.symbols, observe=observe)
     return held
 

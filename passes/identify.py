@@ -76,12 +76,25 @@ def identify(
     outcome = outputs(candidate.y, instance)
     if isinstance(outcome, Rejection):
         return outcome
-    few = min(8, sample.num_tokens)
+    few, leaves = min(8, sample.num_tokens), instance.leaves()
     for activation in _hypotheses(candidate):
-        expected = instance.expected(activation, place, tokens=few)
+        # nearly all of them are told apart by the first token
+        first = instance.expected(activation, place, leaves, tokens=1)
+        if any(_is_apart(a[:few], e) for a, e in zip(outcome, first, strict=True)):
+            continue
+        expected = instance.expected(activation, place, leaves, tokens=few)
         if all(close(a[:few], e) for a, e in zip(outcome, expected, strict=True)):
             return activation, scale
     return _unidentified(candidate, instance, place, few)
+
+
+def _is_apart(actual: Tensor, first: Tensor) -> bool:
+    """Whether the first rows alone say that `actual` is not `close` to what they begin."""
+    begin = actual[: len(first)]
+    if begin.shape != first.shape or not first.numel():
+        return False
+    scale = max(float(actual.abs().max()), 1e-3)  # of what is expected, too, if it is close
+    return bool((begin - first).abs().max() > 2e-9 * scale)
 
 
 def _unidentified(candidate: Candidate, instance: Instance, place: str, few: int) -> Rejection:

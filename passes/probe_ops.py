@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from comet_compile.passes.probe import (
     Probe,
@@ -73,8 +72,7 @@ def apply(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if named is not None:
         return named(*args, **kwargs)
     packet = target.overloadpacket
-    leaves = pytree.tree_leaves((args, kwargs))
-    tracked = any(isinstance(leaf, Probe) for leaf in leaves)
+    tracked = _holds_probe(args) or _holds_probe(tuple(kwargs.values()))
     if packet in _ALWAYS or (tracked and packet in HANDLERS):
         return HANDLERS[packet](*args, **kwargs)
     if tracked:
@@ -82,6 +80,27 @@ def apply(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _pointwise(target, args, kwargs)
         raise Untracked(f"{target} on rows")
     return _plain(target, args, kwargs)
+
+
+def _holds_probe(values: Sequence[Any]) -> bool:
+    return any(
+        _holds_probe(value) if isinstance(value, (tuple, list)) else isinstance(value, Probe)
+        for value in values
+    )
+
+
+def _mapped(fn: Callable[[Any], Any], value: Any) -> Any:
+    """Map what an operation takes or returns: it nests in no other ways, and pytree is slow."""
+    if isinstance(value, tuple):
+        return tuple(_mapped(fn, one) for one in value)
+    if isinstance(value, list):
+        return [_mapped(fn, one) for one in value]
+    return fn(value)
+
+
+def _hosted(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hosted = {name: _mapped(_on_host, value) for name, value in kwargs.items()}
+    return _mapped(_on_host, tuple(args)), hosted
 
 
 _PYTHON_TARGETS: frozenset[Any] = frozenset(
@@ -143,10 +162,10 @@ def _plain(target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[st
         raise Untracked(f"{target} writes into its input")
     if torch.Tag.nondeterministic_seeded in target.tags:
         raise Untracked(f"{target} draws random numbers")
-    args, kwargs = pytree.tree_map(_on_host, (args, kwargs))
+    args, kwargs = _hosted(args, kwargs)
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
-    return pytree.tree_map(_lift, target(*args, **kwargs))
+    return _mapped(_lift, target(*args, **kwargs))
 
 
 def _filled(shape: Sequence[int], value: Any, dtype: torch.dtype | None) -> torch.Tensor:
@@ -290,6 +309,8 @@ def _is_zero_operand(value: Value, dim: int | None, common: Support) -> bool:
         return True
     # columns that another operand does not know are dropped: they must be zero, too, or garbage in
     # a row that stays recognisable as such (behind the last rows of a grouped GEMM, say)
+    if set(own.cols) <= set(common.cols):
+        return True
     is_kept = torch.tensor([col in common.cols for col in own.cols], dtype=torch.bool)
     dropped = value.data.index_select(dim, (~is_kept).nonzero().view(-1))
     if not bool(dropped.any()):
@@ -339,8 +360,8 @@ def _pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Va
         supports.append(Support(common.size, common.cols, zero))
     remaining = iter(datas)
     new_args = [next(remaining) if isinstance(a, (Probe, torch.Tensor)) else a for a in args]
-    new_args, kwargs = pytree.tree_map(_on_host, (new_args, kwargs))
-    return make(_lift(target(*new_args, **kwargs)), tuple(supports))
+    hosted, kwargs = _hosted(new_args, kwargs)
+    return make(_lift(target(*hosted, **kwargs)), tuple(supports))
 
 
 @handles(prims.convert_element_type, aten._to_copy, prims.device_put)

@@ -9,7 +9,7 @@ it: whoever asks for a result that depends on it learns the first cause.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from comet_compile.passes import probe_ops, probe_products, probe_shapes
-from comet_compile.passes.graph_view import is_known_size
+from comet_compile.passes.graph_view import ancestors, is_known_size
 from comet_compile.passes.probe import Probe, Support, Supports, Untracked, Value, make
 from comet_compile.passes.reasons import RejectReason
 
@@ -71,6 +71,14 @@ def run(
                 env.pop(source, None)
 
 
+def leading_to(
+    wanted: Iterable[fx.Node], nodes: Sequence[fx.Node], bindings: Mapping[fx.Node, Ranked]
+) -> list[fx.Node]:
+    """Those of `nodes` that `wanted` follow from, given `bindings`."""
+    needed = ancestors(wanted, stop=bindings.__contains__)
+    return [node for node in nodes if node in needed]
+
+
 def values_of(
     wanted: fx.Node,
     nodes: Sequence[fx.Node],
@@ -85,7 +93,7 @@ def values_of(
         if node is wanted:
             found.append(value)
 
-    run(nodes, bindings, world, symbols, observe=observe)
+    run(leading_to([wanted], nodes, bindings), bindings, world, symbols, observe=observe)
     return found[0]
 
 
