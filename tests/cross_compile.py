@@ -52,16 +52,19 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def compiling_for(capability: int, only: Collection[str] = ()) -> Iterator[list[Compiled]]:
+def compiling_for(
+    capability: int, only: Collection[str] = (), but: Collection[str] = ()
+) -> Iterator[list[Compiled]]:
     """Collect what is launched inside, compiled for compute capability 80, 90, 100 ...
 
-    With `only`, no other kernels are compiled than those of these names.
+    With `only`, no other kernels are compiled than those of these names; those in `but` never.
     """
     seen: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if only and self.fn.__name__ not in only:
+        name = self.fn.__name__
+        if name in but or (only and name not in only):
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         seen.append(_resources(kernel))
