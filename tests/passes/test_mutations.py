@@ -66,14 +66,14 @@ def _float32_experts() -> nn.Module:
 
 
 CASES = (
-    Case("local", near_misses.LocalMoE, False, 70, 45),
-    Case("local", near_misses.LocalMoE, True, 64, 42),
+    Case("local", near_misses.LocalMoE, False, 50, 30),
+    Case("local", near_misses.LocalMoE, True, 44, 28),
     # what is proven of one layer must not be taken for its broken twin
     Case("two_layers", _two_layers, True, 20, 10),
-    Case("batched", near_misses.BatchedMoE, False, 60, 25),
-    Case("batched", near_misses.BatchedMoE, True, 60, 30),
-    Case("all_experts", all_experts.AllExperts, False, 60, 25, batched_input=True),
-    Case("all_experts", all_experts.AllExperts, True, 60, 25, batched_input=True),
+    Case("batched", near_misses.BatchedMoE, False, 44, 18),
+    Case("batched", near_misses.BatchedMoE, True, 40, 20),
+    Case("all_experts", all_experts.AllExperts, False, 44, 18, batched_input=True),
+    Case("all_experts", all_experts.AllExperts, True, 40, 16, batched_input=True),
     Case("all_experts_after", all_experts.WeightedSum, True, 30, 12, batched_input=True),
     _hf("mixtral", "grouped_mm", False, 30, 15),
     _hf("gpt_oss", "grouped_mm", False, 12, 6),
