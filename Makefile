@@ -16,8 +16,11 @@ OLD_TRITON := $(shell grep -E '^triton==' constraints/torch-2.11.txt)
 OLD_TRITON_DIR := build/$(subst ==,-,$(OLD_TRITON))
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
+# Each worker has half of the files, in order, until it is done and takes from the other: the tests
+# that share processes or fixtures stay together, and while one waits for its ranks, the other works.
+XDIST := -n $(PYTEST_WORKERS) --dist worksteal
 # an environment that is used as it is may lack pytest-xdist
-WORKERS = $(shell $(PY) -c 'import importlib.util as u; print("-n $(PYTEST_WORKERS)" if u.find_spec("xdist") else "")')
+WORKERS = $(shell $(PY) -c 'import importlib.util as u; print("$(XDIST)" if u.find_spec("xdist") else "")')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The repository root must stay off sys.path: from there, the folders passes/ and kernels/ would
@@ -65,7 +68,7 @@ sanitize: $(READY) ## Run the fused kernels under NVIDIA's compute-sanitizer (ne
 	done
 
 coverage: $(READY) ## Run the CPU test suite and report what it covers
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_WORKERS) -m "not gpu and not multigpu" --cov $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(XDIST) -m "not gpu and not multigpu" --cov $(PYTEST_ARGS)
 
 browser: ## Install a browser for the tests of the HTML report, where that is possible
 	@if command -v chromium chromium-browser google-chrome >/dev/null; then \
