@@ -43,10 +43,10 @@ class Tables:
         """All of them; `of` takes them."""
         return *self.slots, self.routing, self.order
 
-    def read_totals(self) -> tuple[int, int]:
-        """Return (number of tiles, number of slots that have a row), read off the device."""
-        num_tiles, num_slots = self.routing[:2].tolist()
-        return num_tiles, num_slots
+    @property
+    def totals(self) -> Tensor:
+        """[2] int32: the number of tiles, the number of slots that have a row."""
+        return self.routing[:2]
 
     @classmethod
     def of(cls, tensors: tuple[Tensor | None, ...]) -> Tables:

@@ -33,6 +33,7 @@ from comet_compile.kernels.path_calls import (
     links,
     matrices_of,
     on_device,
+    read_later,
     remember,
     replay,
     tensors_of,
@@ -145,17 +146,31 @@ def backward(
             workspace.constants,
         )
         most_kept, num_rows = call.most_slots, None
+        is_fetched = False
         if _reads_rows(call, saved, grad_y.device):
-            num_rows, most_kept = _read_rows(tables, call, workspace)
+            read = read_later(fused_exchange().Tables.of(tables).totals)
+            if saved is not None and call.may_keep:
+                # what is likely to be needed: it comes while the host waits for the numbers
+                is_fetched = True
+                replay(
+                    ("fetch_for_saved", *what, needs),
+                    (*inputs, *tables),
+                    functools.partial(fused_exchange().fetch_for_saved, *args, tables),
+                    workspace.constants,
+                )
+            num_tiles, most_kept = read()
+            workspace.check()
+            num_rows = call.rows_for(num_tiles)
         has_all = saved is not None and call.may_keep and most_kept <= saved.shape[0]
         kept = saved if has_all else None
         return replay(
             (
-                "all_to_all_backward", *what, describe(kept), num_rows, needs, added is None, frees,
+                "all_to_all_backward", *what, describe(kept), num_rows, needs, added is None,
+                is_fetched, frees,
             ),
             (*inputs, *tables, kept, *matrices_of(added)),
             lambda: fused_exchange().all_to_all_backward(
-                *args, tables, num_rows, kept, added, frees=frees
+                *args, tables, num_rows, kept, added, is_fetched=is_fetched, frees=frees
             ),
             workspace.constants,
         )  # fmt: skip
@@ -168,7 +183,7 @@ def backward(
         return grads if into is None else with_matrices(grads, matrices_of(into))
 
 
-# Reading the number of rows lets the device run dry for some 30 us. Less memory is not worth it.
+# While the host waits for the number of rows, it launches nothing. Less memory is not worth it.
 _WORTH_READING = 256 * 2**20
 
 
@@ -183,19 +198,6 @@ def _reads_rows(call: _ExchangePlan, saved: Tensor | None, device: torch.device)
     if saved is not None and call.may_keep and call.most_slots > saved.shape[0]:
         return True
     return call.spare_bytes >= _WORTH_READING
-
-
-def _read_rows(
-    tables: tuple[Tensor | None, ...], call: _ExchangePlan, workspace: Any
-) -> tuple[int | None, int]:
-    """Return (rows to have memory for, None for as many as there can be; rows without padding).
-
-    Rounded, so that calls of similar routings are the same.
-    """
-    num_tiles, num_slots = fused_exchange().Tables.of(tables).read_totals()
-    workspace.check()
-    num_rows = -(-num_tiles // call.tiles_step) * call.tiles_step * call.plan.gemms.block_m
-    return (num_rows if num_rows < call.max_rows else None), num_slots
 
 
 def _join_rounds(rounds: Iterable[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
@@ -287,13 +289,21 @@ class _ExchangePlan:
     max_rows: int
     """As many rows as one rank can have."""
     tiles_step: int
-    """A sixteenth of the tiles that a rank has if all have as many."""
+    """A small part of the tiles that a rank has if all have as many."""
     spare_bytes: int
     """Of the rows of a backward, if all ranks have as many, and there is memory for `max_rows`."""
     most_slots: int
     """As many slots as one rank can have a row for, now that the ranks' tokens are known."""
     may_keep: bool
     """Whether a forward that is asked to save keeps rows: where both directions take one round."""
+
+    def rows_for(self, num_tiles: int) -> int | None:
+        """Return how many rows to have memory for; None for `max_rows`.
+
+        Rounded, so that calls of similar routings are the same.
+        """
+        num_rows = -(-num_tiles // self.tiles_step) * self.tiles_step * self.plan.gemms.block_m
+        return num_rows if num_rows < self.max_rows else None
 
 
 def _workspace(call: _ExchangePlan, group: dist.ProcessGroup, device: torch.device) -> Any:
@@ -339,7 +349,7 @@ def _new_exchange_plan(
         num_rounds,
         layout.num_bytes,
         max_rows,
-        tiles_step=max(1, num_slots // 16 // block_m),
+        tiles_step=max(1, num_slots // 32 // block_m),
         spare_bytes=needed - needed // num_ranks,
         most_slots=sum(tokens) * top_k,
         may_keep=may_keep,

@@ -67,6 +67,24 @@ def begin_backward(
     return call.tables.tensors()
 
 
+def fetch_for_saved(
+    grad_y: Tensor,
+    routed: Routed,
+    params: ExpertParams,
+    math: LayerMath,
+    needs: Needs,
+    plan: ExchangePlan,
+    workspace: Workspace,
+    deadline: float,
+    tables: tuple[Tensor | None, ...],
+) -> tuple[()]:
+    """Fetch what a backward with saved rows needs of the peers; returns nothing."""
+    call = BackwardCall(grad_y, routed, params, math, needs, plan, workspace, deadline)
+    call.take(Tables.of(tables))
+    call.fetch_for_saved()
+    return ()
+
+
 def all_to_all_backward(
     grad_y: Tensor,
     routed: Routed,
@@ -81,19 +99,21 @@ def all_to_all_backward(
     saved_SN: Tensor | None = None,
     into: Matrices | None = None,
     *,
+    is_fetched: bool = False,
     frees: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return (d_x, d_weights, d_w_in, d_w_up, d_w_out, d_b_in, d_b_up, d_b_out).
 
     What `needs` does not ask for, or whose input is None, is None; d_x must be asked for.
     `num_rows`: how many there is memory for, by default as many as any routing can need.
-    `saved_SN`: what the forward was given under that name; None has the rows computed again. With
-    `frees`, their memory is given back when they have been read. The gradients of matrices are
-    added to `into` if given, and None here. All of these are each rank's own affair.
+    `saved_SN`: what the forward was given under that name; None has the rows computed again.
+    `is_fetched`: by `fetch_for_saved`. With `frees`, the rows' memory is given back when they have
+    been read. The gradients of matrices are added to `into` if given, and None here. All of these
+    are each rank's own affair.
     """
     call = BackwardCall(
         grad_y, routed, params, math, needs, plan, workspace, deadline,
-        saved_SN=saved_SN, frees=frees, into=into,
+        saved_SN=saved_SN, is_fetched=is_fetched, frees=frees, into=into,
     )  # fmt: skip
     call.take(Tables.of(tables), num_rows)
     call.compute()
@@ -120,6 +140,7 @@ class BackwardCall(ExchangeCall):
         deadline: float,
         *,
         saved_SN: Tensor | None = None,
+        is_fetched: bool = False,
         frees: bool = False,
         into: Matrices | None = None,
         clock: bool = True,
@@ -129,7 +150,7 @@ class BackwardCall(ExchangeCall):
             grad_y=grad_y, clock=clock,
         )  # fmt: skip
         self.needs, self.saved_SN, self.into = needs, saved_SN, into
-        self.frees = frees and saved_SN is not None
+        self.is_fetched, self.frees = is_fetched, frees and saved_SN is not None
         self.needs_weights = needs.weights and self.weights is not None
         self.weights_dtype = None if routed.weights is None else routed.weights.dtype
         self.scores = workspace.view(
@@ -195,11 +216,16 @@ class BackwardCall(ExchangeCall):
         self.sum_and_end(self.rows_RH, self._weights_before(), d_x_TH)
         return d_x_TH, d_weights, *self.param_grads
 
+    def fetch_for_saved(self) -> None:
+        """Fetch what a call with saved rows needs of the peers."""
+        dots = self.needs_weights and self.math.weight_place == "before"
+        self.fetch(tokens=self.needs.w_in or self.needs.w_up or dots)
+
     def _rows(self, local: fused_backward.Call) -> tuple[Tensor, Tensor | None]:
         """Fetch; return the rows in front of the activation, and memory [R, I] if there is some."""
         if self.saved_SN is not None:
-            dots = self.needs_weights and self.math.weight_place == "before"
-            self.fetch(tokens=self.needs.w_in or self.needs.w_up or dots)
+            if not self.is_fetched:
+                self.fetch_for_saved()
             return self.saved_SN, None
         num_rows = min(self.ids_S.shape[0], self.routing.slot_R.shape[0])
         saved_SN = self.x.new_empty(num_rows, self.params.in_columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +46,26 @@ def replay(*args: Any) -> Any:
 def runs_kernels(device: torch.device) -> bool:
     """Whether the kernels run on such devices."""
     return device.type == "cuda"
+
+
+def read_later(values: Tensor) -> Callable[[], list[int]]:
+    """Begin to bring values to the host; what is returned waits for them.
+
+    It does not wait for what is launched after this.
+    """
+    if values.device.type != "cuda":
+        found: list[int] = values.tolist()
+        return lambda: found
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        return list(map(int, host))
+
+    return wait
 
 
 def is_captured(device: torch.device) -> bool:

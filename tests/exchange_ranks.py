@@ -197,7 +197,7 @@ class Ranks:
                 stage(call)
         for call in calls:
             if fits:
-                num_tiles, _ = call.tables.read_totals()
+                num_tiles, _ = call.tables.totals.tolist()
                 call.take(call.tables, num_tiles * call.routing.block_m)
             call.compute()
         return [call.finish() for call in calls]
