@@ -63,6 +63,8 @@ class RankPool:
         forks: bool = False,
     ) -> None:
         self.world_size, self.timeout, self.backend = world_size, timeout, backend
+        # what the server imports may look for GPUs, and a fork of it could not use them any more
+        forks = forks and not torch.cuda.is_available()
         self._context: Any = mp.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload(list(PRELOADED))
