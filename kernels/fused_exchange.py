@@ -3,8 +3,8 @@
     publish -> receive routing -> tables -> layer0 (fetch + GEMM + activation)
             -> layer1 (GEMM + sums to their owners) -> sum own
 
-No host read in here, no collective: ranks meet in the kernels' waits only, so a CUDA graph can hold a
-call. A backward comes in parts, so that its caller may read in between how many rows there are
+No host read in here, no collective: ranks meet in the kernels' waits only, so a CUDA graph can hold
+a call. A backward comes in parts, so that its caller may read in between how many rows there are
 (`exchange_paths`). The stages are those of `exchange_call`.
 
 Legend: T tokens, C capacity in tokens, A experts per token, P ranks, S = P*C*A slots, R tile rows,
