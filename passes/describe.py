@@ -15,9 +15,11 @@ def describe(layer: Layer) -> str:
     pair = layer.candidate.pair
     experts = pair.out.num_experts
     total = experts * layer.form.world.size if layer.form.name != "local" else experts
+    capacity = "" if layer.candidate.kept is None else ", tokens beyond a capacity dropped"
     return (
         f"{total} experts, top-{layer.candidate.top_k}, hidden {pair.ins[0].in_features}, "
         f"intermediate {pair.out.in_features}, {layer.activation}, weights {layer.weight_place}"
+        f"{capacity}"
     )
 
 

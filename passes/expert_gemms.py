@@ -3,8 +3,9 @@
 An expert GEMM is `aten._grouped_mm` of rows with a stack of matrices, the op that transformers has
 for experts that are not bfloat16, or an `aten.bmm`: one whose one operand was gathered from a stack
 by index (one matrix per row), or of a block of rows per expert with a whole stack that is an input
-of the graph (*dense*: all experts on all tokens). Those whose results reach another one's rows
-through row-local operations are its in-projections: one, or two for separate gate and up.
+of the graph (*dense*: each expert on all tokens, or on as many rows as it has capacity for). Those
+whose results reach another one's rows through row-local operations are its in-projections: one, or
+two for separate gate and up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from comet_compile.passes.graph_view import (
     ancestors,
     is_float,
     is_integer,
+    same_size,
     schema_name,
     stored,
     val,
@@ -70,7 +72,7 @@ def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
             return ExpertGemm(node, rows, stack, transposed=False)
         return None
     if node.target is aten.bmm.default:
-        left, right = node.args
+        left, right = (operand.args[0] if _is_no_op(operand) else operand for operand in node.args)
         for operand, other, on_left in ((left, right, True), (right, left, False)):
             gathered = _gathered_stack(operand)
             if gathered is not None:
@@ -115,8 +117,18 @@ _ROW_LOCAL = {
 }
 
 
+def _is_no_op(node: fx.Node) -> bool:
+    """Whether `node` is an expand to the shape that there is, of which a matmul makes two."""
+    if node.target is not aten.expand.default:
+        return False
+    before, after = val(node.args[0]).shape, val(node).shape
+    return len(before) == len(after) and all(map(same_size, before, after))
+
+
 def _is_row_local(node: fx.Node) -> bool:
     target = node.target
+    if _is_no_op(node):
+        return True
     if target is getattr and node.op == "call_function":
         return False
     if isinstance(target, torch._ops.OpOverload):

@@ -14,7 +14,7 @@ Node names, positions and the spelling of the index arithmetic play no part.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from comet_compile.passes.graph_view import (
 )
 from comet_compile.passes.ranges import interval
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.region import Candidate, ExpertPair
+from comet_compile.passes.region import Candidate, ExpertPair, Kept
 from comet_compile.passes.row_chains import added_table, output_chain, token_chain
 from comet_compile.passes.scores import scores_from
 
@@ -148,9 +148,15 @@ def _cuts(
                 continue  # no form of the op scatters what it has reduced: behind y, it stays
             nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
             for first in _first_ids(ids, closed.nodes):
-                yield Candidate(
+                plain = Candidate(
                     pair, x, ids, weights, y, closed.biases, nodes, slots[ids], first=first
                 )
+                yield plain
+            # rows of a capacity are blocks of one size, an expert's each
+            if pair.dense and all(_is_table(n, slots[ids]) for n in (ids, weights) if n):
+                follows_rows = dependents(stops, nodes)
+                for kept in _kept(nodes, permuted - follows_rows, num_tokens, slots[ids]):
+                    yield dataclasses.replace(plain, kept=kept)
         if not pair.dense:
             continue
         for node in latest[1:]:
@@ -163,6 +169,26 @@ def _cuts(
             if stops | {node} <= closed.nodes:
                 nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
                 yield Candidate(pair, x, ids, node, y, closed.biases, nodes, slots[ids], scores)
+
+
+def _is_table(node: fx.Node, top_k: int) -> bool:
+    """Whether `node` is [T, top_k]."""
+    return val(node).ndim == 2 and same_size(val(node).shape[1], top_k)
+
+
+def _kept(
+    nodes: Sequence[fx.Node], follows_ids: set[fx.Node], num_tokens: Any, top_k: int
+) -> Iterator[Kept]:
+    """Bools that may tell for each slot whether its expert has room, in any order of the slots."""
+    for node in nodes:
+        if node not in follows_ids or not is_tensor(node) or val(node).dtype != torch.bool:
+            continue
+        if ratio(numel(val(node).shape), num_tokens) != top_k:
+            continue
+        if val(node).ndim != 2 or _is_table(node, top_k) or top_k == 1:
+            yield Kept(node, by_choice=False)
+        if top_k > 1 and not (val(node).ndim == 2 and _is_table(node, top_k)):
+            yield Kept(node, by_choice=True)
 
 
 def _first_ids(ids: fx.Node, nodes: set[fx.Node]) -> list[int]:

@@ -16,6 +16,7 @@ h, i tracked columns of H, I.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -140,6 +141,23 @@ class Instance:
                 bound[node] = [make(d, (None, columns)) for d in data]
         return bound
 
+    @functools.cached_property
+    def ids_kept(self) -> Sequence[Tensor]:
+        """The ids [T, A] of every rank, -1 for slots that the region has no room for."""
+        kept, ids = self.candidate.kept, self.sample.ids
+        if kept is None:
+            return ids
+        values = values_of(
+            kept.node, self.candidate.nodes, self.bindings(), self.form.world, self.sample.symbols
+        )
+        if isinstance(values, Failed):  # as does what the region computes with them
+            return ids
+        tables = [
+            v.reshape(i.shape[::-1]).t() if kept.by_choice else v.reshape(i.shape)
+            for v, i in zip(values, ids, strict=True)
+        ]
+        return [i.masked_fill(~table, -1) for i, table in zip(ids, tables, strict=True)]
+
     def spread(self, weights: Tensor, ids: Tensor) -> Tensor:
         """[T, A] values of the slots as a matrix [T, E] that is zero elsewhere."""
         zeros = weights.new_zeros(len(ids), self.candidate.pair.out.num_experts)
@@ -215,7 +233,7 @@ class Instance:
         Without `reduce`, the replicated form gives each rank's partial sum.
         """
         leaves = leaves or self.leaves()
-        ids = [i[:tokens] for i in self.sample.ids]
+        ids = [i[:tokens] for i in self.ids_kept]
         x, weights = [v[:tokens] for v in _given(leaves["x"])], leaves["weights"]
         weights = None if weights is None else [w[:tokens] for w in weights]
         if self.form.shards_tokens:

@@ -62,7 +62,8 @@ def region_key(candidate: Candidate, numbers: Mapping[fx.Node, int]) -> Hashable
     gemms = tuple(
         (numbers[gemm.node], numbers[gemm.rows], gemm.transposed) for gemm in (*pair.ins, pair.out)
     )
-    return (numbers[candidate.y], gemms, candidate.top_k, candidate.first)
+    kept = candidate.kept and (numbers[candidate.kept.node], candidate.kept.by_choice)
+    return (numbers[candidate.y], gemms, candidate.top_k, candidate.first, kept)
 
 
 def scores_key(candidate: Candidate, terms: Terms) -> Hashable:

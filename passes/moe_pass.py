@@ -33,6 +33,7 @@ from comet_compile.kernels import paths
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.portable import Routed
 from comet_compile.passes import expert_gemms, find, pictures
+from comet_compile.passes.arguments import emit_arguments
 from comet_compile.passes.backward import Gradients, Matches, find_gradients
 from comet_compile.passes.describe import bytes_saved, describe, estimate, summary
 from comet_compile.passes.graph_view import backward_nodes, source_line, val
@@ -46,7 +47,6 @@ from comet_compile.passes.rewrite import (
     Rewritten,
     blocked,
     effects,
-    emit_arguments,
     finish,
     replace,
 )

@@ -10,7 +10,8 @@ Steps
 2. Identify the activation: interpret the region on one routing and compare with every known
    function between the projections.
 3. Prove: interpret the region on all chosen routings and sizes, for all ranks, and compare every
-   row of every rank with the op's own definition.
+   row of every rank with the op's own definition. Where the region drops slots, the op is given the
+   ids that the region's own bools leave (`Instance.ids_kept`).
 4. Unusual ids: the op drops ids out of range and takes an id twice in a row as two slots; the
    region must too, unless the graph shows that such ids cannot occur or the region reads unwritten
    memory for them.
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from comet_compile.kernels.activation import Activation
-from comet_compile.passes.graph_view import dependents, is_tensor, val
+from comet_compile.passes.graph_view import dependents, is_float, is_tensor, val
 from comet_compile.passes.identify import identify
 from comet_compile.passes.instance import Form, Instance, Roles, close, outputs, samples
 from comet_compile.passes.legality import check_layout, check_size, form_of
@@ -106,7 +107,9 @@ def weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
     pair = candidate.pair
     if candidate.weights is None:
         return "after", val(pair.out.node).dtype
-    weighted = dependents([candidate.weights], candidate.nodes)
+    # what they decide, such as who is dropped, is not weighted by them
+    numbers = [n for n in candidate.nodes if is_float(n) or not is_tensor(n)]
+    weighted = dependents([candidate.weights], numbers)
     rows = dependents([candidate.x, *pair.stacks], candidate.nodes)
     join = next(n for n in candidate.nodes if n in weighted and n in rows and is_tensor(n))
     after_join = dependents([join], candidate.nodes)

@@ -68,6 +68,15 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+    """Which slots an expert has room for: bools inside the region, one per slot, that follow from
+    the ids. They are [T, A], or [A, T] if `by_choice`, whatever their shape."""
+
+    node: fx.Node
+    by_choice: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Candidate:
     """A region cut out of the graph: its inputs, its output and the nodes in between.
 
@@ -76,7 +85,7 @@ class Candidate:
 
     `first` is the id of the first expert here: smaller ones, like those past the last expert, are
     other ranks'. With `scores`, `weights` is a matrix [T, E] that holds the weights at the ids, and
-    the region itself knows no ids.
+    the region itself knows no ids. With `kept`, all other slots contribute nothing.
     """
 
     pair: ExpertPair
@@ -89,6 +98,7 @@ class Candidate:
     top_k: int
     scores: Scores | None = None
     first: int = 0
+    kept: Kept | None = None
 
     def __str__(self) -> str:
         return f"{self.y.name} = moe({self.x.name}, {self.ids.name}, {self.weights})"

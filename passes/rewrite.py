@@ -37,7 +37,6 @@ from comet_compile.passes.graph_view import (
 )
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.region import ExpertGemm
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -185,38 +184,6 @@ def _backward_region(gradients: Gradients | None) -> set[fx.Node]:
 # -- forward ----------------------------------------------------------------------------------
 
 
-def emit_arguments(layer: Layer) -> list[Any]:
-    """Return the op's tensors, x to b_out, with what it takes to make them put into the graph."""
-    candidate, pair = layer.candidate, layer.candidate.pair
-    emit = Emitter(candidate.y.graph, candidate.y, candidate.y)
-    x = candidate.x
-    if val(x).ndim != 2:
-        x = emit.view(x, [-1, pair.ins[0].in_features])
-    if val(x).dtype != val(pair.out.stack).dtype:
-        # float32 experts under autocast: the rows were widened after they were moved
-        x = emit.call(prims.convert_element_type.default, x, val(pair.out.stack).dtype)
-    slots = [-1, candidate.top_k]
-    ids = _matrix(emit, candidate.ids, slots)
-    if candidate.first:
-        ids = emit.call(aten.sub.Tensor, ids, candidate.first)
-    if candidate.scores is not None:
-        weights: fx.Node | None = emit.call(aten.gather.default, candidate.scores.node, 1, ids)
-    else:
-        weights = None if candidate.weights is None else _matrix(emit, candidate.weights, slots)
-    ins = [_logical(emit, gemm) for gemm in pair.ins]
-    return [
-        x,
-        ids,
-        weights,
-        ins[0],
-        ins[1] if len(ins) == 2 else None,
-        _logical(emit, pair.out),
-        layer.roles.b_in,
-        layer.roles.b_up,
-        layer.roles.b_out,
-    ]
-
-
 def _emit_forward(layer: Layer, arguments: list[Any], save: str) -> fx.Node:
     y = layer.candidate.y
     return Emitter(y.graph, y, y).call(
@@ -254,20 +221,6 @@ def _options(layer: Layer) -> dict[str, Any]:
         "form": layer.form.name,
         "group_name": layer.form.world.group_name,
     }
-
-
-def _matrix(emit: Emitter, node: fx.Node, shape: list[Any]) -> fx.Node:
-    current = val(node).shape
-    if len(current) == 2 and current[1] == shape[1]:
-        return node
-    return emit.view(node, shape)
-
-
-def _logical(emit: Emitter, gemm: ExpertGemm) -> fx.Node:
-    """The stack as [L, K, N]; the memory stays where it is."""
-    if not gemm.transposed:
-        return gemm.stack
-    return emit.call(aten.permute.default, gemm.stack, [0, 2, 1])
 
 
 def _substitute_output(layer: Layer, new: fx.Node) -> None:

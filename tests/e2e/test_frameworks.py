@@ -12,7 +12,7 @@ from zoo import ep, frameworks
 
 from comet_compile import records
 
-REWRITTEN = ("MegatronAllToAll", "MegaBlocks", "TitanPadded", "GatherReduceScatter")
+REWRITTEN = ("MegatronAllToAll", "MegaBlocks", "TitanPadded", "GatherReduceScatter", "Tutel")
 # why not, in how many graphs
 REFUSED = {
     # who goes where is a map over the tokens of all ranks: no ids [T, top_k] lead to it

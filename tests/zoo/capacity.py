@@ -1,0 +1,202 @@
+"""Layers in which every expert has room for C rows and drops the tokens beyond, and near-misses.
+
+`Capacity` is what DeepSpeed, Tutel and Megatron-Core do on one device: a token's place among its
+expert's rows comes from a running sum, places of C and more are dropped, and the rows are padded to
+[E, C, H], so that batched products can take them. `REWRITTEN` lists what the pass must rewrite,
+`REFUSED` what it must not, each with the reason.
+
+T tokens, A experts per token, S = T * A slots, E experts, C rows of an expert, H model dim, I
+expert intermediate dim, N = 2I columns of gate and up side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import ep
+
+HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 32, 48, 4, 2
+
+
+class Capacity(nn.Module):
+    """[T, H] both ways; first choices come first, so they are the last to be dropped."""
+
+    choices_first = True
+    eighths = 6  # of an equal share that an expert has room for
+
+    def __init__(
+        self,
+        num_experts: int = NUM_EXPERTS,
+        top_k: int = TOP_K,
+        hidden: int = HIDDEN,
+        inner: int = INTERMEDIATE,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        weights = ep.expert_weights(num_experts, hidden, inner)
+        fused = torch.cat([weights["w_gate"], weights["w_up"]], dim=1).transpose(1, 2)
+        self.num_experts, self.top_k = num_experts, top_k
+        self.router = nn.Parameter(weights["gate"].to(dtype))
+        self.w_in_EHN = nn.Parameter(fused.contiguous().to(dtype))
+        self.w_out_EIH = nn.Parameter(weights["w_down"].transpose(1, 2).contiguous().to(dtype))
+
+    def capacity(self, num_tokens: int) -> int:
+        return max(2, self.eighths * num_tokens * self.top_k // (8 * self.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights_TA, ids_TA = torch.topk((x @ self.router.T).float().softmax(-1), self.top_k, dim=1)
+        weights_TA = weights_TA.to(x.dtype)
+        num_tokens = x.shape[0]
+        capacity = self.capacity(num_tokens)
+        ids_S = (ids_TA.t() if self.choices_first else ids_TA).reshape(-1)
+        place_S = self.places(ids_S, weights_TA)
+        kept_S = place_S < capacity
+        slot_S = self.slots(ids_S, place_S, kept_S, capacity)
+        token_S = torch.arange(num_tokens, device=x.device)
+        if self.choices_first:
+            token_S = token_S.repeat(self.top_k)
+        else:
+            token_S = token_S.repeat_interleave(self.top_k, output_size=ids_S.shape[0])
+        rows_ECH = self.dispatch(x, token_S, slot_S, capacity)
+        out_ECH = self.experts(rows_ECH)
+        return self.combine(out_ECH, slot_S, kept_S, weights_TA).to(x.dtype)
+
+    def places(self, ids_S: Tensor, weights_TA: Tensor) -> Tensor:
+        """Return the place of each slot among those of its expert."""
+        mask_SE = F.one_hot(ids_S, self.num_experts)
+        return ((mask_SE.cumsum(0) - 1) * mask_SE).sum(-1)
+
+    def slots(self, ids_S: Tensor, place_S: Tensor, kept_S: Tensor, capacity: int) -> Tensor:
+        """Return each slot's row among all experts' [E * C], one behind them if it has none."""
+        return torch.where(kept_S, ids_S * capacity + place_S, self.num_experts * capacity)
+
+    def dispatch(self, x: Tensor, token_S: Tensor, slot_S: Tensor, capacity: int) -> Tensor:
+        num_tokens, hidden = x.shape
+        nobody = torch.full((self.num_experts * capacity + 1,), num_tokens, device=x.device)
+        source = nobody.scatter(0, slot_S, token_S)[:-1]
+        padded = torch.cat([x, x.new_zeros(1, hidden)])
+        return padded.index_select(0, source).view(self.num_experts, capacity, hidden)
+
+    def experts(self, rows_ECH: Tensor) -> Tensor:
+        gate, up = torch.bmm(rows_ECH, self.w_in_EHN).chunk(2, dim=-1)
+        return torch.bmm(F.silu(gate) * up, self.w_out_EIH)
+
+    def combine(
+        self, out_ECH: Tensor, slot_S: Tensor, kept_S: Tensor, weights_TA: Tensor
+    ) -> Tensor:
+        hidden = out_ECH.shape[-1]
+        rows = torch.cat([out_ECH.reshape(-1, hidden), out_ECH.new_zeros(1, hidden)])
+        taken = rows.index_select(0, slot_S)
+        if self.choices_first:
+            taken = taken.view(self.top_k, -1, hidden)
+            return (taken * weights_TA.t().unsqueeze(-1)).sum(0)
+        return (taken.view(-1, self.top_k, hidden) * weights_TA.unsqueeze(-1)).sum(1)
+
+
+class TokensFirst(Capacity):
+    """All choices of a token come before those of the next."""
+
+    choices_first = False
+
+
+class OneChoice(Capacity):
+    """Top-1, as Switch transformers."""
+
+    def __init__(self, **shape: int) -> None:
+        super().__init__(**{"top_k": 1, **shape})
+
+
+class Roomy(Capacity):
+    """Room for all tokens at one expert: none is ever dropped."""
+
+    def capacity(self, num_tokens: int) -> int:
+        return num_tokens
+
+
+class HeaviestFirst(TokensFirst):
+    """Those with the largest weights are the last to be dropped, as Megatron-Core's "probs"."""
+
+    def places(self, ids_S: Tensor, weights_TA: Tensor) -> Tensor:
+        order_S = torch.argsort(weights_TA.reshape(-1), descending=True, stable=True)
+        place_S = super().places(ids_S[order_S], weights_TA)
+        return torch.zeros_like(place_S).scatter(0, order_S, place_S)
+
+
+class MaskedWeights(TokensFirst):
+    """Dropped slots read a row of others, with weight zero."""
+
+    def combine(
+        self, out_ECH: Tensor, slot_S: Tensor, kept_S: Tensor, weights_TA: Tensor
+    ) -> Tensor:
+        rows = out_ECH.reshape(-1, out_ECH.shape[-1])
+        taken = rows.index_select(0, slot_S.clamp(max=rows.shape[0] - 1))
+        weights_S = weights_TA.reshape(-1) * kept_S
+        return (taken * weights_S.unsqueeze(-1)).view(-1, self.top_k, taken.shape[-1]).sum(1)
+
+
+class GateAndUpApart(Capacity):
+    """Three matrices an expert."""
+
+    def __init__(self, **shape: int) -> None:
+        super().__init__(**shape)
+        gate, up = self.w_in_EHN.detach().chunk(2, dim=-1)
+        self.w_gate_EHI, self.w_up_EHI = nn.Parameter(gate.clone()), nn.Parameter(up.clone())
+
+    def experts(self, rows_ECH: Tensor) -> Tensor:
+        gate, up = torch.bmm(rows_ECH, self.w_gate_EHI), torch.bmm(rows_ECH, self.w_up_EHI)
+        return torch.bmm(F.silu(gate) * up, self.w_out_EIH)
+
+
+class NothingDropped(Capacity):
+    """Near-miss: slots beyond the capacity overwrite the last row of their expert."""
+
+    def slots(self, ids_S: Tensor, place_S: Tensor, kept_S: Tensor, capacity: int) -> Tensor:
+        return ids_S * capacity + place_S.clamp(max=capacity - 1)
+
+
+class Renormalised(TokensFirst):
+    """Near-miss: what is left of a token's weights adds up to one again."""
+
+    def combine(
+        self, out_ECH: Tensor, slot_S: Tensor, kept_S: Tensor, weights_TA: Tensor
+    ) -> Tensor:
+        kept_TA = kept_S.view(weights_TA.shape)
+        total = (weights_TA * kept_TA).sum(1, keepdim=True) + 1e-3
+        return super().combine(out_ECH, slot_S, kept_S, weights_TA / total)
+
+
+class WrongOrder(Capacity):
+    """Near-miss: dropped as if tokens came first, dispatched as if choices did."""
+
+    def slots(self, ids_S: Tensor, place_S: Tensor, kept_S: Tensor, capacity: int) -> Tensor:
+        kept_S = kept_S.view(self.top_k, -1).t().reshape(-1)
+        return super().slots(ids_S, place_S, kept_S, capacity)
+
+
+class OthersRow(MaskedWeights):
+    """Near-miss: dropped slots read a row of others, and keep their weight."""
+
+    def combine(
+        self, out_ECH: Tensor, slot_S: Tensor, kept_S: Tensor, weights_TA: Tensor
+    ) -> Tensor:
+        return super().combine(out_ECH, slot_S, torch.ones_like(kept_S), weights_TA)
+
+
+REWRITTEN: dict[str, Callable[..., Capacity]] = {
+    "choices_first": Capacity,
+    "tokens_first": TokensFirst,
+    "one_choice": OneChoice,
+    "roomy": Roomy,
+    "heaviest_first": HeaviestFirst,
+    "masked_weights": MaskedWeights,
+    "gate_and_up_apart": GateAndUpApart,
+}
+REFUSED: dict[str, Callable[..., Capacity]] = {
+    "nothing_dropped": NothingDropped,
+    "renormalised": Renormalised,
+    "wrong_order": WrongOrder,
+    "others_row": OthersRow,
+}
