@@ -41,8 +41,7 @@ def all_to_all_forward(
     """Write y [T, H] for tokens sharded over the group, expert e on group rank ``e // L``.
 
     `saved_SN` is given the rows in front of the activation as by `layer0.gather_gemm_act`, as many
-    as find room. `deadline` is in seconds. Returns nothing, as
-    `recording.replay` wants it.
+    as find room. `deadline` is in seconds. Returns nothing, as `recording.replay` wants it.
     """
     call = ExchangeCall(routed, params, math, plan, workspace, deadline)
     call.publish()
