@@ -44,7 +44,7 @@ from torch.nn import functional as F
 import comet_compile
 from comet_compile.passes import MoePass
 
-VOCABULARY, HIDDEN, NUM_LAYERS, NUM_TOKENS = 128, 64, 4, 64
+VOCABULARY, HIDDEN, NUM_TOKENS = 128, 64, 64
 
 
 class DenseBlock(nn.Module):
@@ -64,14 +64,14 @@ class DenseBlock(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-def dense_model() -> nn.Module:
+def dense_model(num_layers: int) -> nn.Module:
     """Return a language model in which comet finds nothing."""
-    blocks = [DenseBlock() for _ in range(NUM_LAYERS)]
+    blocks = [DenseBlock() for _ in range(num_layers)]
     head = nn.Linear(HIDDEN, VOCABULARY)
     return nn.Sequential(nn.Embedding(VOCABULARY, HIDDEN), *blocks, head).bfloat16()
 
 
-def moe_model() -> nn.Module:
+def moe_model(num_layers: int) -> nn.Module:
     """Return a Qwen3-MoE of the same width and depth."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -79,7 +79,7 @@ def moe_model() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         moe_intermediate_size=HIDDEN // 2,
-        num_hidden_layers=NUM_LAYERS,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -91,7 +91,7 @@ def moe_model() -> nn.Module:
     return Qwen3MoeForCausalLM(config).bfloat16()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense_model, "qwen3_moe": moe_model}
+MODELS: dict[str, Callable[[int], nn.Module]] = {"dense": dense_model, "qwen3_moe": moe_model}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,16 +147,17 @@ def count_calls(model: nn.Module, backend: str) -> int:
     return pstats.Stats(profile).total_calls
 
 
-def measure(build: Callable[[], nn.Module], repeats: int) -> dict[str, Any]:
-    """Compile with both backends in turn, `repeats` times, and summarise."""
-    torch.manual_seed(0)
-    model = build()
+def measure(model: nn.Module, repeats: int, *, once: bool) -> dict[str, Any]:
+    """Compile with both backends in turn, `repeats` times, and summarise.
+
+    `once`: neither a warm-up nor a count of calls, for models that take minutes.
+    """
     pairs = []
-    for pair in range(repeats + 1):
+    for pair in range(repeats + (not once)):
         # the order alternates, so that a machine that slows down favours neither
         order = ("inductor", "comet") if pair % 2 else ("comet", "inductor")
         pairs.append({backend: compile_once(model, backend) for backend in order})
-    pairs = pairs[1:]
+    pairs = pairs[not once :]
     rows: dict[str, Any] = {"regions": pairs[0]["comet"].regions}
     for field in ("seconds", "cpu_seconds"):
         for backend in ("inductor", "comet"):
@@ -164,7 +165,7 @@ def measure(build: Callable[[], nn.Module], repeats: int) -> dict[str, Any]:
         ratios = [getattr(p["comet"], field) / getattr(p["inductor"], field) for p in pairs]
         rows[f"ratios_of_{field}"] = ratios
         rows[f"median_ratio_of_{field}"] = statistics.median(ratios)
-    for backend in ("inductor", "comet"):
+    for backend in ("inductor", "comet") if not once else ():
         rows[f"{backend}_python_calls"] = count_calls(model, backend)
     rows["pass_seconds"] = statistics.median(pair["comet"].pass_seconds for pair in pairs)
     return rows
@@ -190,10 +191,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="pairs counted per model")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layers", type=int, default=4, help="of each model")
+    parser.add_argument("--once", action="store_true", help="no warm-up, and count no calls")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()
 
-    results = {name: measure(MODELS[name], args.repeats) for name in args.models}
+    results = {}
+    for name in args.models:
+        torch.manual_seed(0)
+        results[name] = measure(MODELS[name](args.layers), args.repeats, once=args.once)
     columns = (
         "model",
         "regions",
@@ -214,7 +220,7 @@ def main() -> None:
             f"{statistics.median(row['comet_seconds']):.2f} s",
             f"{row['median_ratio_of_seconds']:.3f}",
             f"{row['median_ratio_of_cpu_seconds']:.3f} ({min(cpu):.3f} to {max(cpu):.3f})",
-            f"{row['comet_python_calls'] / row['inductor_python_calls']:.4f}",
+            "-" if args.once else f"{row['comet_python_calls'] / row['inductor_python_calls']:.4f}",
             f"{row['pass_seconds']:.3f} s ({row['pass_seconds'] / inductor:.2%})",
         )
     Console(width=120).print(table)

@@ -20,7 +20,7 @@ Steps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -107,16 +107,23 @@ def weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
     pair = candidate.pair
     if candidate.weights is None:
         return "after", val(pair.out.node).dtype
-    # what they decide, such as who is dropped, is not weighted by them
-    numbers = [n for n in candidate.nodes if is_float(n) or not is_tensor(n)]
-    weighted = dependents([candidate.weights], numbers)
     rows = dependents([candidate.x, *pair.stacks], candidate.nodes)
-    join = next(n for n in candidate.nodes if n in weighted and n in rows and is_tensor(n))
+    # who is dropped may be decided by weights, too: what follows by way of integers is not weighted
+    numbers = [n for n in candidate.nodes if is_float(n) or not is_tensor(n)]
+    met = [n for n in _met(candidate, numbers) if n in rows]
+    join = met[0] if met else next(n for n in _met(candidate, candidate.nodes) if n in rows)
     after_join = dependents([join], candidate.nodes)
     dtype = val(join).dtype
     if any(gemm.node in after_join for gemm in pair.ins):
         return "before", dtype
     return ("between" if pair.out.node in after_join else "after"), dtype
+
+
+def _met(candidate: Candidate, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The tensors that depend on the weights by way of `nodes`, in graph order."""
+    assert candidate.weights is not None
+    weighted = dependents([candidate.weights], nodes)
+    return [n for n in candidate.nodes if n in weighted and is_tensor(n)]
 
 
 def _bias_roles(candidate: Candidate) -> Roles:
