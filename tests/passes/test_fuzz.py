@@ -1,7 +1,4 @@
-"""150 random layers and 150 near-misses of such, twice as many with the slow tests.
-
-`make fuzz` judges 10,000 of each.
-"""
+"""300 random layers and 300 near-misses of such; `make fuzz` judges 10,000 of each."""
 
 from __future__ import annotations
 
@@ -11,11 +8,7 @@ from zoo import composed
 
 from comet_compile.passes import find
 
-QUICK = 150
-CHUNKS = [
-    pytest.param(range(start, start + 50), marks=[pytest.mark.slow] if start >= QUICK else [])
-    for start in range(0, 300, 50)
-]
+CHUNKS = [range(start, start + 50) for start in range(0, 300, 50)]
 
 
 @pytest.mark.parametrize("seeds", CHUNKS, ids=str)
@@ -35,7 +28,7 @@ def test_near_misses_are_refused(seeds: range, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_step_and_defect_is_drawn() -> None:
-    recipes = [composed.draw(seed, defect=True) for seed in range(QUICK)]
+    recipes = [composed.draw(seed, defect=True) for seed in range(300)]
     assert {recipe.defect for recipe in recipes} == set(composed.DEFECTS)
     for field, ways in (("scores", 6), ("counts", 5), ("order", 3), ("gather", 7), ("pairing", 5),
                         ("activation", 6), ("place", 4), ("combine", 5)):  # fmt: skip
