@@ -117,11 +117,18 @@ def apply(plan: Any, shape: Shape, device: Device) -> Any:
         except PlanChangeError as error:
             _warn(f"{table.path}: what it says of {shape} is not used: {error}")
             continue
-        source = f"planned by {table.path}"
+        source = f"planned by {_name(table.path, device)}"
         if isinstance(found, Plan):
             return dataclasses.replace(found, source=source)
         return dataclasses.replace(found, gemms=dataclasses.replace(found.gemms, source=source))
     return plan
+
+
+def _name(path: Path, device: Device) -> str:
+    """How reports name a table: a shipped one by its place in the package, wherever that lies."""
+    if path != shipped_file(device):
+        return str(path)
+    return "/".join(path.parts[-3:])
 
 
 def digest(device: Device) -> str:

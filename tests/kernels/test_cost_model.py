@@ -85,6 +85,8 @@ def test_the_measured_backwards_are_predicted(checked: Any) -> None:
     layers = checked.measured_backwards()
     assert {row.load.ranks for row in layers} == {1, 2}
     for row in layers:
+        # Mixtral's steps on one GPU took 55 to 62 ms in the newest file: of its backward, 38.5 ms,
+        # 34.6 are predicted
         assert abs(checked.error(H100, row)) < 0.11, row.case
     errors = [abs(checked.error(H100, row)) for row in checked.measured_backward_kernels()]
     assert len(errors) == 48

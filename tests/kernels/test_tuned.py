@@ -167,6 +167,8 @@ def test_shipped_tables_can_be_used(path: Path, monkeypatch: pytest.MonkeyPatch)
     about = written["device"]
     device = Device(about["num_sms"], 232448, tuple(about["capability"]), about["name"])
     assert tuned.shipped_file(device) == path
+    # in reports there is no path of the machine
+    assert tuned._name(path, device) == f"comet_compile/tuned/{path.name}"
     monkeypatch.setattr(tuned, "TRITON", written["versions"]["triton"])
     table = tuned.Table.read(path, device)
     assert table.changes

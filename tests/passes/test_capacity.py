@@ -7,7 +7,7 @@ import lockstep
 import pytest
 import torch
 from torch import Tensor, fx
-from zoo import capacity
+from zoo import all_experts, capacity
 
 from comet_compile import records
 
@@ -19,7 +19,7 @@ in_both_modes = pytest.mark.parametrize("train", [False, True], ids=["inference"
 
 def tokens(num_tokens: int = T) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(num_tokens, capacity.HIDDEN, generator=generator).bfloat16()
+    return torch.randn(num_tokens, all_experts.HIDDEN, generator=generator).bfloat16()
 
 
 def assert_same(graph: fx.Graph, rewritten: fx.Graph) -> None:

@@ -1,8 +1,9 @@
 """Layers in which every expert has room for C rows and drops the tokens beyond, and near-misses.
 
-`Capacity` is what DeepSpeed, Tutel and Megatron-Core do on one device: a token's place among its
-expert's rows comes from a running sum, places of C and more are dropped, and the rows are padded to
-[E, C, H], so that batched products can take them. `REWRITTEN` lists what the pass must rewrite,
+`Capacity` has the router and matrices of `AllExperts`, and does what DeepSpeed, Tutel and
+Megatron-Core do, on one device: a token's place among its expert's rows comes from a running sum,
+places of C and more are dropped, and the rows are padded to [E, C, H], so that batched products can
+take them. `REWRITTEN` lists what the pass must rewrite,
 `REFUSED` what it must not, each with the reason.
 
 T tokens, A experts per token, S = T * A slots, E experts, C rows of an expert, H model dim, I
@@ -16,32 +17,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import ep
-
-HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 32, 48, 4, 2
+from zoo.all_experts import AllExperts
 
 
-class Capacity(nn.Module):
+class Capacity(AllExperts):
     """[T, H] both ways; first choices come first, so they are the last to be dropped."""
 
     choices_first = True
     eighths = 6  # of an equal share that an expert has room for
-
-    def __init__(
-        self,
-        num_experts: int = NUM_EXPERTS,
-        top_k: int = TOP_K,
-        hidden: int = HIDDEN,
-        inner: int = INTERMEDIATE,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        super().__init__()
-        weights = ep.expert_weights(num_experts, hidden, inner)
-        fused = torch.cat([weights["w_gate"], weights["w_up"]], dim=1).transpose(1, 2)
-        self.num_experts, self.top_k = num_experts, top_k
-        self.router = nn.Parameter(weights["gate"].to(dtype))
-        self.w_in_EHN = nn.Parameter(fused.contiguous().to(dtype))
-        self.w_out_EIH = nn.Parameter(weights["w_down"].transpose(1, 2).contiguous().to(dtype))
 
     def capacity(self, num_tokens: int) -> int:
         return max(2, self.eighths * num_tokens * self.top_k // (8 * self.num_experts))
