@@ -3,9 +3,10 @@
 An expert GEMM is `aten._grouped_mm` of rows with a stack of matrices, the op that transformers has
 for experts that are not bfloat16, or an `aten.bmm`: one whose one operand was gathered from a stack
 by index (one matrix per row), or of a block of rows per expert with a whole stack that is an input
-of the graph (*dense*: each expert on all tokens, or on as many rows as it has capacity for). Those
-whose results reach another one's rows through row-local operations are its in-projections: one, or
-two for separate gate and up.
+of the graph (*dense*: each expert on all tokens, or on as many rows as it has capacity for). So are
+the products of a Python loop over the experts, each with one matrix of a stack, taken together.
+Those whose results reach another one's rows through row-local operations are its in-projections:
+one, or two for separate gate and up.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def find_pairs(
     graph: fx.Graph, backward: set[fx.Node]
 ) -> tuple[list[ExpertPair], list[tuple[fx.Node, Rejection]]]:
     """The expert layers of the forward part, and the GEMMs that belong to none."""
-    gemms: dict[fx.Node, ExpertGemm] = {}
+    gemms: list[ExpertGemm] = []
+    loops = _Loops()
     refused: list[tuple[fx.Node, Rejection]] = []
     for node in graph.nodes:
         if node in backward or node.op != "call_function":
@@ -46,30 +48,88 @@ def find_pairs(
             refused.append((node, Rejection(RejectReason.UNSUPPORTED_DTYPE, detail)))
         gemm = _expert_gemm(node)
         if gemm is not None:
-            gemms[node] = gemm
+            gemms.append(gemm)
+        else:
+            loops.add(node)
+    gemms += loops.complete()
+    place = {node: (gemm, expert) for gemm in gemms for expert, node in enumerate(gemm.nodes)}
     pairs, used = [], set()
-    for node, gemm in gemms.items():
-        sources = _row_local_sources(gemm.rows, gemms)
-        if not sources:
+    for gemm in gemms:
+        sources = _in_projections(gemm, place)
+        if not sources or any(source.dense != gemm.dense for source in sources):
             continue
-        if any(gemms[s].dense != gemm.dense for s in sources):
-            continue
-        pair = ExpertPair(tuple(gemms[s] for s in sources), gemm)
+        pair = ExpertPair(tuple(sources), gemm)
         pairs.append(pair)
-        used |= {node, *sources}
-    for node in gemms:
+        used |= {*pair.products}
+    for gemm in gemms:
         # a product with a whole stack alone is no sign of experts
-        if node not in used and not gemms[node].dense:
-            detail = f"{node.name} neither feeds nor follows another expert GEMM"
-            refused.append((node, Rejection(RejectReason.UNPAIRED_GEMM, detail)))
+        if gemm.node not in used and not gemm.dense:
+            detail = f"{gemm.node.name} neither feeds nor follows another expert GEMM"
+            refused.append((gemm.node, Rejection(RejectReason.UNPAIRED_GEMM, detail)))
     return pairs, refused
+
+
+class _Loops:
+    """Products with one matrix of a stack, by stack and matrix."""
+
+    def __init__(self) -> None:
+        self._of_stack: dict[tuple[fx.Node, bool], dict[int, list[tuple[fx.Node, fx.Node]]]] = {}
+
+    def add(self, node: fx.Node) -> None:
+        """Keep `node` if it is one of them."""
+        if node.target not in (aten.mm.default, aten.addmm.default):
+            return
+        rows, matrix = node.args[-2:]
+        flipped = matrix.target is aten.permute.default
+        found = one_of(matrix.args[0] if flipped else matrix)
+        if found is None or val(found[0]).ndim != 3 or not is_float(found[0]):
+            return
+        stack, number = found
+        self._of_stack.setdefault((stack, flipped), {}).setdefault(number, []).append((node, rows))
+
+    def complete(self) -> list[ExpertGemm]:
+        """The loops that multiply with every matrix of a stack, once."""
+        found = []
+        for (stack, flipped), by_number in self._of_stack.items():
+            products = [by_number.get(e, []) for e in range(int(val(stack).shape[0]))]
+            if all(len(own) == 1 for own in products):
+                nodes, rows = zip(*(own[0] for own in products), strict=True)
+                found.append(ExpertGemm(nodes, rows, stack, flipped, dense=True))
+        return found
+
+
+def one_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(table, number) if `node` is one line or matrix of an input of the graph."""
+    if node.target is aten.select.int:
+        table, dim, number = node.args
+    elif getattr(node.target, "__name__", "") == "getitem" and _is_unbind(node.args[0]):
+        (unbind, number), dim = node.args, 0
+        table = unbind.args[0]
+        dim = unbind.args[1] if len(unbind.args) > 1 else 0
+    else:
+        return None
+    if dim != 0 or not isinstance(number, int) or stored(table) is None:
+        return None
+    return table, number % int(val(table).shape[0])
+
+
+def _is_unbind(node: fx.Node) -> bool:
+    return node.target is aten.unbind.int
+
+
+def own_row(node: fx.Node, num_experts: int) -> fx.Node | None:
+    """The table [L, columns] of the graph's inputs that `node` is a line of."""
+    found = one_of(node)
+    if found is None or val(found[0]).ndim != 2 or not is_float(found[0]):
+        return None
+    return found[0] if same_size(val(found[0]).shape[0], num_experts) else None
 
 
 def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
     if node.target is aten._grouped_mm.default or schema_name(node) == GROUPED_MM_FALLBACK:
         rows, stack = node.args[0], node.args[1]
         if val(rows).ndim == 2 and val(stack).ndim == 3:
-            return ExpertGemm(node, rows, stack, transposed=False)
+            return ExpertGemm((node,), (rows,), stack, transposed=False)
         return None
     if node.target is aten.bmm.default:
         left, right = (operand.args[0] if _is_no_op(operand) else operand for operand in node.args)
@@ -78,9 +138,9 @@ def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
             if gathered is not None:
                 stack, flipped = gathered
                 # left [S, N, K] @ column, or row @ right [S, K, N]
-                return ExpertGemm(node, other, stack, transposed=on_left != flipped)
+                return ExpertGemm((node,), (other,), stack, transposed=on_left != flipped)
         if stored(right) is not None and is_float(right):
-            return ExpertGemm(node, left, right, transposed=False, dense=True)
+            return ExpertGemm((node,), (left,), right, transposed=False, dense=True)
     return None
 
 
@@ -136,7 +196,19 @@ def _is_row_local(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(target, "__name__", "") == "getitem"
 
 
-def _row_local_sources(rows: fx.Node, gemms: dict[fx.Node, ExpertGemm]) -> list[fx.Node]:
-    """The nearest expert GEMMs that `rows` come from without leaving their rows."""
-    reached = ancestors([rows], stop=lambda n: n in gemms or not _is_row_local(n))
-    return [node for node in gemms if node in reached]
+def _in_projections(
+    gemm: ExpertGemm, place: dict[fx.Node, tuple[ExpertGemm, int]]
+) -> list[ExpertGemm]:
+    """The nearest expert GEMMs that the rows of `gemm` come from without leaving their rows.
+
+    In a loop, the same for all experts, and each expert's rows from that expert's products.
+    """
+    found: list[list[ExpertGemm]] = []
+    for expert, rows in enumerate(gemm.rows):
+        reached = ancestors([rows], stop=lambda n: n in place or not _is_row_local(n))
+        sources = [place[n] for n in place if n in reached]
+        if any(other != expert for _, other in sources):
+            return []
+        found.append([source for source, _ in sources])
+    same = all(sources == found[0] for sources in found)
+    return found[0] if same and all(len(s.nodes) == len(gemm.nodes) for s in found[0]) else []

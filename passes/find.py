@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from comet_compile.passes.expert_gemms import own_row
 from comet_compile.passes.graph_view import (
     ancestors,
     dependents,
@@ -47,6 +48,7 @@ c10d = torch.ops._c10d_functional
 # how many cuts are tried for one layer, and how far up from its output ids and weights are sought
 _MAX_CANDIDATES = 48
 _MAX_REACH = 400
+_REACH_PER_EXPERT = 48  # where each expert's part of the layer is nodes of its own
 _MAX_TOP_K = 128
 
 
@@ -55,7 +57,7 @@ def candidates(
 ) -> Iterator[Candidate | Rejection]:
     """Regions around `pair`, the widest first; if there is none, one Rejection that says why."""
     order = positions(graph)
-    outputs = output_chain(pair, backward)
+    outputs = output_chain(pair, backward, order)
     tokens = token_chain(pair)
     proposed = 0
     best: Rejection | None = None
@@ -76,7 +78,7 @@ def candidates(
     if proposed:
         return
     if not tokens:
-        detail = f"{pair.ins[0].rows.name} cannot be followed to [T, {pair.ins[0].in_features}]"
+        detail = f"{pair.ins[0].rows[0].name} cannot be followed to [T, {pair.ins[0].in_features}]"
         yield Rejection(RejectReason.NO_TOKENS, detail)
     elif not outputs or not seen_shape:
         detail = f"{pair.out.node.name} reaches no value of the tokens' number of rows"
@@ -94,9 +96,12 @@ def is_routed(pair: ExpertPair, graph: fx.Graph, backward: set[fx.Node]) -> bool
     if any(isinstance(found, Candidate) for found in candidates(pair, graph, backward)):
         return True
     stops = {*token_chain(pair), *pair.stacks}
-    chain = output_chain(pair, backward)
-    rows = chain[0] if chain else pair.out.node
-    around = nearest_ancestors(rows, positions(graph), stops, _MAX_REACH)
+    order = positions(graph)
+    chain = output_chain(pair, backward, order)
+    last = pair.out.nodes[-1]
+    users = [user for user in last.users if user in order and user not in backward]
+    roots = chain[:1] or [last, *users]
+    around = {n for root in roots for n in nearest_ancestors(root, order, stops, _reach(pair))}
     bounds = [interval(node) for node in around if is_integer(node)]
     return any(low >= 0 and high < pair.out.num_experts for low, high in bounds)
 
@@ -117,7 +122,7 @@ def _cuts(
 ) -> Iterator[Candidate | Rejection]:
     """Choices of (ids, weights) that close the region between `x` and `y`."""
     stops = {x, *pair.stacks}
-    latest = nearest_ancestors(y, order, stops, _MAX_REACH)
+    latest = nearest_ancestors(y, order, stops, _reach(pair))
     num_tokens = numel(val(x).shape[:-1])
     slots: dict[fx.Node, int] = {}
     for node in latest[1:]:
@@ -126,15 +131,15 @@ def _cuts(
             if per_token is not None and 1 <= per_token <= _MAX_TOP_K:
                 slots[node] = per_token
     choices: list[fx.Node | None] = [None, *(n for n in slots if is_float(n))]
-    experts = pair.out.num_experts
-    # scores that the ids were chosen from are no routing weights: cutting there hides the router
-    follows = {w: dependents([w], reversed(latest)) for w in choices if w is not None}
+    experts, within = pair.out.num_experts, set(latest)
     for ids in (n for n in slots if is_integer(n)):
         # weights that follow from the ids were permuted by them: no longer one per slot
         permuted = dependents([ids], reversed(latest))
+        # scores that the ids were chosen from are no weights either: a cut there hides the router
+        chosen_from = ancestors([ids], stop=lambda n: n not in within)
         for weights in choices:
             if weights is not None and (
-                slots[weights] != slots[ids] or weights in permuted or ids in follows[weights]
+                slots[weights] != slots[ids] or weights in permuted or weights in chosen_from
             ):
                 continue
             cut = stops | {ids} | ({weights} if weights is not None else set())
@@ -169,6 +174,11 @@ def _cuts(
             if stops | {node} <= closed.nodes:
                 nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
                 yield Candidate(pair, x, ids, node, y, closed.biases, nodes, slots[ids], scores)
+
+
+def _reach(pair: ExpertPair) -> int:
+    """How many nodes up from the output ids and weights are sought."""
+    return _MAX_REACH + (_REACH_PER_EXPERT * pair.out.num_experts if pair.out.is_loop else 0)
 
 
 def _is_table(node: fx.Node, top_k: int) -> bool:
@@ -225,8 +235,8 @@ def _close(y: fx.Node, cut: set[fx.Node], pair: ExpertPair) -> _Closure | Reject
     """Everything between `cut` and `y`; None if the region depends on a graph input beyond it.
 
     Tables [L, columns] that rows index by expert are inputs too: biases. So are those that are
-    added to an expert's whole block of rows. A number that enters the
-    graph as a 0-d tensor is the one input that no cut can leave outside.
+    added to an expert's whole block of rows, and those of which a loop takes a line. A number that
+    enters the graph as a 0-d tensor is the one input that no cut can leave outside.
     """
     biases: list[fx.Node] = []
     numbers: list[fx.Node] = []
@@ -244,7 +254,9 @@ def _close(y: fx.Node, cut: set[fx.Node], pair: ExpertPair) -> _Closure | Reject
                 numbers.append(node)
                 continue
             return None
-        if pair.dense:
+        if pair.out.is_loop:
+            table = own_row(node, pair.out.num_experts)
+        elif pair.dense:
             table = added_table(node, pair.out.num_experts)
         else:
             table = _bias_table(node, pair.out.num_experts, cut)

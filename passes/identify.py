@@ -10,15 +10,15 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from comet_compile.kernels.activation import GATED_KINDS, PLAIN_KINDS, Activation
 from comet_compile.passes.graph_view import dependents, val
 from comet_compile.passes.instance import Form, Instance, Roles, close, outputs, samples
 from comet_compile.passes.probe import Probe, Support, Untracked, make, restrict
 from comet_compile.passes.reasons import Rejection, RejectReason
-from comet_compile.passes.region import Candidate, ExpertGemm
-from comet_compile.passes.simulate import Failed, values_of
+from comet_compile.passes.region import Candidate
+from comet_compile.passes.simulate import Failed, Ranked, values_of
 
 aten = torch.ops.aten
 
@@ -28,8 +28,8 @@ def _constants(candidate: Candidate) -> tuple[list[float], list[float]]:
     clamps: set[float] = set()
     scales: set[float] = set()
     pair = candidate.pair
-    between = dependents([gemm.node for gemm in pair.ins], candidate.nodes)
-    between -= dependents([pair.out.node], candidate.nodes)
+    between = dependents([n for gemm in pair.ins for n in gemm.nodes], candidate.nodes)
+    between -= dependents(pair.out.nodes, candidate.nodes)
     for node in between:
         packet = getattr(node.target, "overloadpacket", None)
         numbers = [a for a in node.args if isinstance(a, (int, float)) and a]
@@ -105,13 +105,15 @@ def _unidentified(candidate: Candidate, instance: Instance, place: str, few: int
     world, symbols = instance.form.world, instance.sample.symbols
     bound = instance.bindings()
     try:
-        values = values_of(pair.ins[0].node, candidate.nodes, bound, world, symbols)
-        if isinstance(values, Failed):
-            return Rejection(values.reason, values.detail)
-        linear = [_first_columns(v, instance, pair.out) for v in values]
+        linear: dict[fx.Node, Ranked] = {}
+        for product, rows in zip(pair.ins[0].nodes, pair.out.rows, strict=True):
+            values = values_of(product, candidate.nodes, bound, world, symbols)
+            if isinstance(values, Failed):
+                return Rejection(values.reason, values.detail)
+            linear[rows] = [_first_columns(v, instance, rows) for v in values]
     except Untracked:
         return Rejection(plain, detail)
-    outcome = outputs(candidate.y, instance, {pair.out.rows: linear})
+    outcome = outputs(candidate.y, instance, linear)
     if isinstance(outcome, Rejection) or place == "between":
         return Rejection(plain, detail)
     linear_instance = dataclasses.replace(instance)
@@ -123,16 +125,16 @@ def _unidentified(candidate: Candidate, instance: Instance, place: str, few: int
     return Rejection(plain, detail)
 
 
-def _first_columns(value: object, instance: Instance, out: ExpertGemm) -> object:
-    """The in-projection's tracked intermediate columns, as rows for the out-projection."""
+def _first_columns(value: object, instance: Instance, rows: fx.Node) -> object:
+    """The in-projection's tracked intermediate columns, as `rows` for the out-projection."""
     assert isinstance(value, Probe)
     dim = next(d for d, s in enumerate(value.supports) if s)
     support = value.supports[dim]
     assert support is not None
     data = restrict(value, dim, instance.i_cols, support.size)
-    inner = Support(out.in_features, instance.i_cols, zero=False)
+    inner = Support(instance.candidate.pair.out.in_features, instance.i_cols, zero=False)
     shape = list(data.shape)
-    if val(out.rows).ndim == 3 and val(out.rows).shape[1] == 1 and dim == 1:
+    if val(rows).ndim == 3 and val(rows).shape[1] == 1 and dim == 1:
         # the other operand order of a batched GEMM: rows lie along the last dimension
         return make(data.transpose(1, 2), (None, None, inner))
     return make(data.reshape(shape), tuple(inner if d == dim else None for d in range(data.ndim)))

@@ -62,7 +62,7 @@ def check_layout(candidate: Candidate) -> Rejection | None:
     columns = [gemm.out_features for gemm in pair.ins]
     inner, hidden = pair.out.in_features, pair.ins[0].in_features
     fits = columns in ([inner], [2 * inner], [inner, inner])
-    same_experts = len({gemm.num_experts for gemm in (*pair.ins, pair.out)}) == 1
+    same_experts = len({gemm.num_experts for gemm in pair.gemms}) == 1
     same_hidden = all(gemm.in_features == hidden for gemm in pair.ins)
     if not (fits and same_experts and same_hidden and pair.out.out_features == hidden):
         text = " -> ".join(str(list(shape)) for shape in shapes)

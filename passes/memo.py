@@ -60,7 +60,8 @@ def region_key(candidate: Candidate, numbers: Mapping[fx.Node, int]) -> Hashable
     """What a proof says of a region: its output and its GEMMs, as expressions of its inputs."""
     pair = candidate.pair
     gemms = tuple(
-        (numbers[gemm.node], numbers[gemm.rows], gemm.transposed) for gemm in (*pair.ins, pair.out)
+        (*(numbers[node] for node in (*gemm.nodes, *gemm.rows)), gemm.transposed)
+        for gemm in pair.gemms
     )
     kept = candidate.kept and (numbers[candidate.kept.node], candidate.kept.by_choice)
     return (numbers[candidate.y], gemms, candidate.top_k, candidate.first, kept)

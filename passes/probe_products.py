@@ -23,7 +23,7 @@ from comet_compile.passes.probe import (
     support_of,
     zero_outside,
 )
-from comet_compile.passes.probe_ops import HANDLERS, Handler, handles, handles_named
+from comet_compile.passes.probe_ops import HANDLERS, Handler, apply, handles, handles_named
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -160,6 +160,15 @@ def _slice_scatter(
     return make(data, (*supports[:dim], new, *supports[dim + 1 :]))
 
 
+@handles(aten.select_scatter)
+def _select_scatter(base: Value, source: Value, dim: int, index: int) -> Value:
+    """Write `source` over one row, or one matrix, of `base`."""
+    dim = normalize_dim(dim, base.ndim)
+    index %= shape_of(base)[dim]
+    row: Value = apply(aten.unsqueeze.default, (source, dim), {})
+    return _slice_scatter(base, row, dim, index, index + 1)
+
+
 def _without(data: torch.Tensor, dim: int) -> list[int]:
     return [s for d, s in enumerate(data.shape) if d != dim]
 
@@ -203,6 +212,14 @@ def _mean(
 def _mm(left: Value, right: Value, **_: Any) -> Value:
     a, b = contract_pair(left, 1, right, 0)
     return make(a @ b, (support_of(left, 0), support_of(right, 1)))
+
+
+@handles(aten.addmm)
+def _addmm(bias: Value, left: Value, right: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
+    if (beta, alpha) != (1, 1):
+        raise Untracked("scales a product that it adds to")
+    added: Value = apply(aten.add.Tensor, (bias, _mm(left, right)), {})
+    return added
 
 
 @handles(aten.bmm)

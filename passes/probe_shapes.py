@@ -75,12 +75,33 @@ def _view(value: Value, shape: Sequence[int]) -> Value:
         partial = [i for i in left if value.supports[i]]
         if not partial:
             continue
-        kept = [j for j in right if new[j] != 1]
-        if len(partial) != 1 or len(kept) != 1 or new[kept[0]] != old[partial[0]]:
+        before, after = ([i for i in left if old[i] != 1], [j for j in right if new[j] != 1])
+        support = value.supports[partial[0]]
+        assert support is not None
+        if len(partial) == 1 and len(before) == 1 and len(after) == 2:
+            support = _inner(support, new[after[1]])
+        elif len(partial) == 1 and len(before) == 2 and len(after) == 1 and partial == before[1:]:
+            support = _repeated(support, old[before[0]])
+        elif len(partial) != 1 or len(after) != 1 or new[after[0]] != support.size:
             raise Untracked("mixes rows and columns in a view")
-        supports[kept[0]] = value.supports[partial[0]]
-        sizes[kept[0]] = value.data.shape[partial[0]]
+        supports[after[-1]] = support
+        sizes[after[-1]] = len(support.cols)
     return make(value.data.reshape(sizes), tuple(supports))
+
+
+def _inner(support: Support, size: int) -> Support:
+    """The columns of each of the rows of `size` that lie side by side in one dimension."""
+    first = tuple(col for col in support.cols if col < size)
+    inner = Support(size, first, support.zero)
+    if _repeated(inner, support.size // size) != support:
+        raise Untracked("splits columns that differ from row to row")
+    return inner
+
+
+def _repeated(support: Support, rows: int) -> Support:
+    """The columns of `rows` rows that are put side by side."""
+    cols = tuple(row * support.size + col for row in range(rows) for col in support.cols)
+    return Support(rows * support.size, cols, support.zero)
 
 
 @handles(aten.permute)

@@ -114,9 +114,9 @@ def weighting(candidate: Candidate) -> tuple[str, torch.dtype]:
     join = met[0] if met else next(n for n in _met(candidate, candidate.nodes) if n in rows)
     after_join = dependents([join], candidate.nodes)
     dtype = val(join).dtype
-    if any(gemm.node in after_join for gemm in pair.ins):
+    if any(node in after_join for gemm in pair.ins for node in gemm.nodes):
         return "before", dtype
-    return ("between" if pair.out.node in after_join else "after"), dtype
+    return ("between" if any(n in after_join for n in pair.out.nodes) else "after"), dtype
 
 
 def _met(candidate: Candidate, nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -132,7 +132,8 @@ def _bias_roles(candidate: Candidate) -> Roles:
     order = {node: i for i, node in enumerate(candidate.nodes)}
     roles: dict[str, fx.Node] = {}
     names = ("b_in", "b_up", "b_out") if len(pair.ins) == 2 else ("b_in", "b_out")
-    reached = [dependents([gemm.node], order) for gemm in (*pair.ins, pair.out)]
+    # a product may add the table itself
+    reached = [dependents(gemm.nodes, order) | set(gemm.nodes) for gemm in pair.gemms]
     for table in candidate.biases:
         own = dependents([table], order)
         meets = [min((order[n] for n in own & r), default=1 << 60) for r in reached]

@@ -14,17 +14,28 @@ c10d = torch.ops._c10d_functional
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGemm:
-    """One product of rows with a stack of expert matrices.
+    """The product of rows with a stack of expert matrices: `nodes` of `rows`.
 
+    That is one node, or, where Python loops over the experts, one for each of them in order.
     `stack` is [L, K, N], or [L, N, K] if `transposed` (one matrix per expert either way). `dense`:
     every expert has its own block of rows, [L, rows, K], whatever the routing is.
     """
 
-    node: fx.Node
-    rows: fx.Node
+    nodes: tuple[fx.Node, ...]
+    rows: tuple[fx.Node, ...]
     stack: fx.Node
     transposed: bool
     dense: bool = False
+
+    @property
+    def node(self) -> fx.Node:
+        """The node that stands for all of them in messages."""
+        return self.nodes[0]
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether each expert's product is a node of its own."""
+        return len(self.nodes) > 1
 
     @property
     def num_experts(self) -> int:
@@ -48,7 +59,16 @@ class ExpertPair:
 
     @property
     def stacks(self) -> tuple[fx.Node, ...]:
-        return (*(gemm.stack for gemm in self.ins), self.out.stack)
+        return tuple(gemm.stack for gemm in self.gemms)
+
+    @property
+    def gemms(self) -> tuple[ExpertGemm, ...]:
+        return (*self.ins, self.out)
+
+    @property
+    def products(self) -> tuple[fx.Node, ...]:
+        """The nodes of all projections."""
+        return tuple(node for gemm in self.gemms for node in gemm.nodes)
 
     @property
     def dense(self) -> bool:

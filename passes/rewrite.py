@@ -83,7 +83,7 @@ def blocked(
     """
     candidate = layer.candidate
     inside = set(candidate.nodes) - set(candidate.inputs)
-    gemms = {gemm.node for gemm in (*candidate.pair.ins, candidate.pair.out)}
+    gemms = set(candidate.pair.products)
     heavy = (gemms | descendants(gemms)) & inside
     heavy |= {n for n in inside if is_collective(n) and is_float(n)}
     heavy -= {candidate.y}
@@ -201,7 +201,7 @@ def _keep_what_a_policy_keeps(forward: fx.Node, layer: Layer) -> None:
 
     The output, whose tags the op has by now, is cheap to sum again from those; the op is not.
     """
-    gemms = {gemm.node for gemm in (*layer.candidate.pair.ins, layer.candidate.pair.out)}
+    gemms = set(layer.candidate.pair.products)
     tags = {
         node.meta.get("recompute")
         for node in layer.candidate.nodes

@@ -6,6 +6,8 @@ to them ends the chain.
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def token_chain(pair: ExpertPair) -> list[fx.Node]:
     """Where the rows of the in-projection come from: [.., H] values, matrices first, then from
     the outside in."""
     chain: list[fx.Node] = []
-    node: fx.Node | None = pair.ins[0].rows
+    node: fx.Node | None = pair.ins[0].rows[0]
     features = pair.ins[0].in_features
     dtypes: set[torch.dtype] = set()
     while node is not None:
@@ -72,9 +74,9 @@ def token_chain(pair: ExpertPair) -> list[fx.Node]:
                 chain.append(node)
         node = _main_source(node)
     chain.reverse()
-    if pair.dense and pair.out.num_experts > 1:
+    if pair.dense and pair.out.num_experts > 1 and not pair.out.is_loop:
         # the tokens are as many as the rows of one expert
-        rows = numel(val(pair.ins[0].rows).shape)
+        rows = numel(val(pair.ins[0].rows[0]).shape)
         chain = [n for n in chain if not same_size(numel(val(n).shape), rows)]
     return sorted(chain, key=lambda n: val(n).ndim != 2)
 
@@ -125,26 +127,55 @@ _COMBINES = _MOVES | {
 }
 
 
-def output_chain(pair: ExpertPair, backward: set[fx.Node]) -> list[fx.Node]:
+def output_chain(
+    pair: ExpertPair, backward: set[fx.Node], order: Mapping[fx.Node, int]
+) -> list[fx.Node]:
     """Where the rows of the out-projection go: [.., H] values, matrices first, widest first."""
     features = pair.out.out_features
     chain: list[fx.Node] = []
-    node: fx.Node = pair.out.node
-    while True:
+    node = _meeting(pair.out.nodes, backward, order)
+    while node is not None:
         if is_float(node) and val(node).ndim >= 2 and same_size(val(node).shape[-1], features):
             chain.append(node)
-        # a size read off the value is no use of it
-        users = [u for u in node.users if u.op != "output" and is_value(u)]
-        users = [u for u in users if not _serves_backward(u, backward)]
-        if len(users) != 1 or any(u.op == "output" for u in node.users):
-            break
-        if getattr(users[0].target, "overloadpacket", None) not in _COMBINES:
+        users = _forward_users(node, backward)
+        if users is None or len(users) != 1 or not _combines(users[0]):
             break
         if users[0].target is aten.add.Tensor and not _adds_bias(users[0], node, pair):
             break
         node = users[0]
     chain.reverse()
     return sorted(chain, key=lambda n: val(n).ndim != 2)
+
+
+def _meeting(
+    nodes: Sequence[fx.Node], backward: set[fx.Node], order: Mapping[fx.Node, int]
+) -> fx.Node | None:
+    """The first value that the rows of all of `nodes` have gone into; None if they part."""
+    heap = [(order[node], node) for node in nodes]
+    heapq.heapify(heap)
+    seen = set(nodes)
+    while len(heap) > 1:
+        _, node = heapq.heappop(heap)
+        users = _forward_users(node, backward)
+        if not users or not all(map(_combines, users)):
+            return None
+        for user in users:
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(heap, (order[user], user))
+    return heap[0][1]
+
+
+def _combines(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in _COMBINES
+
+
+def _forward_users(node: fx.Node, backward: set[fx.Node]) -> list[fx.Node] | None:
+    """What the forward makes of a value; None if it leaves the graph."""
+    if any(u.op == "output" for u in node.users):
+        return None
+    # a size read off the value is no use of it
+    return [u for u in node.users if is_value(u) and not _serves_backward(u, backward)]
 
 
 def _serves_backward(node: fx.Node, backward: set[fx.Node]) -> bool:
