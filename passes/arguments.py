@@ -57,7 +57,11 @@ def emit_arguments(layer: Layer) -> list[Any]:
 def _masked(emit: Emitter, ids: fx.Node, kept: Kept) -> fx.Node:
     """The ids [T, A], -1 (which the op drops) where a slot is not kept."""
     top_k = val(ids).shape[1]
-    if kept.by_choice:
+    if kept.axes == "TEC":
+        is_held = emit.call(aten.ne.Scalar, kept.node, 0)
+        by_expert = emit.call(aten.any.dim, is_held, -1)
+        table = emit.call(aten.gather.default, by_expert, 1, ids)
+    elif kept.axes == "AT":
         table = emit.call(aten.permute.default, emit.view(kept.node, [top_k, -1]), [1, 0])
     else:
         table = _matrix(emit, kept.node, [-1, top_k])

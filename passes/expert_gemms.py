@@ -56,7 +56,7 @@ def find_pairs(
     pairs, used = [], set()
     for gemm in gemms:
         sources = _in_projections(gemm, place)
-        if not sources or any(source.dense != gemm.dense for source in sources):
+        if not sources or not all(_may_pair(source, gemm) for source in sources):
             continue
         pair = ExpertPair(tuple(sources), gemm)
         pairs.append(pair)
@@ -67,6 +67,12 @@ def find_pairs(
             detail = f"{gemm.node.name} neither feeds nor follows another expert GEMM"
             refused.append((gemm.node, Rejection(RejectReason.UNPAIRED_GEMM, detail)))
     return pairs, refused
+
+
+def _may_pair(source: ExpertGemm, gemm: ExpertGemm) -> bool:
+    """Whether one may be an in-projection of the other: of whole stacks, those of one length."""
+    same = source.num_experts == gemm.num_experts
+    return source.dense == gemm.dense and (same or not gemm.dense)
 
 
 class _Loops:

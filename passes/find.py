@@ -160,7 +160,11 @@ def _cuts(
             # rows of a capacity are blocks of one size, an expert's each
             if pair.dense and all(_is_table(n, slots[ids]) for n in (ids, weights) if n):
                 follows_rows = dependents(stops, nodes)
-                for kept in _kept(nodes, permuted - follows_rows, num_tokens, slots[ids]):
+                from_ids = permuted - follows_rows
+                for kept in (
+                    *_kept(nodes, from_ids, num_tokens, slots[ids]),
+                    *_held(nodes, from_ids, num_tokens, ids),
+                ):
                     yield dataclasses.replace(plain, kept=kept)
         if not pair.dense:
             continue
@@ -196,9 +200,30 @@ def _kept(
         if ratio(numel(val(node).shape), num_tokens) != top_k:
             continue
         if val(node).ndim != 2 or _is_table(node, top_k) or top_k == 1:
-            yield Kept(node, by_choice=False)
+            yield Kept(node, "TA")
         if top_k > 1 and not (val(node).ndim == 2 and _is_table(node, top_k)):
-            yield Kept(node, by_choice=True)
+            yield Kept(node, "AT")
+
+
+def _held(
+    nodes: Sequence[fx.Node], follows_ids: set[fx.Node], num_tokens: Any, ids: fx.Node
+) -> Iterator[Kept]:
+    """One-hot tensors [T, E, C] that may tell in which place an expert holds a token.
+
+    Bools if there are any: tokens are dispatched with them, and a weight may vanish in its dtype.
+    """
+    low, high = interval(ids)
+    found = []
+    for node in nodes:
+        if node not in follows_ids or not is_tensor(node) or val(node).ndim != 3:
+            continue
+        num_rows, num_experts, _ = val(node).shape
+        is_indexed = isinstance(num_experts, int) and low >= 0 and high < num_experts
+        if is_indexed and same_size(num_rows, num_tokens):
+            found.append(node)
+    bools = [node for node in found if val(node).dtype == torch.bool]
+    for node in bools or found[-1:]:
+        yield Kept(node, "TEC")
 
 
 def _first_ids(ids: fx.Node, nodes: set[fx.Node]) -> list[int]:

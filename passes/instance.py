@@ -152,10 +152,7 @@ class Instance:
         )
         if isinstance(values, Failed):  # as does what the region computes with them
             return ids
-        tables = [
-            v.reshape(i.shape[::-1]).t() if kept.by_choice else v.reshape(i.shape)
-            for v, i in zip(values, ids, strict=True)
-        ]
+        tables = [_by_slot(v, i, kept.axes) for v, i in zip(values, ids, strict=True)]
         return [i.masked_fill(~table, -1) for i, table in zip(ids, tables, strict=True)]
 
     def spread(self, weights: Tensor, ids: Tensor) -> Tensor:
@@ -290,6 +287,18 @@ class Instance:
             experts["b_in"], experts["b_up"], experts["b_out"],
             activation=plain, weight_place=weight_place,
         )  # fmt: skip
+
+
+def _by_slot(kept: Tensor, ids: Tensor, axes: str) -> Tensor:
+    """Whether each slot is kept, [T, A], from a tensor of a region's `Kept`."""
+    if axes == "AT":
+        return kept.reshape(ids.shape[::-1]).t()
+    if axes == "TA":
+        return kept.reshape(ids.shape)
+    num_experts = kept.shape[1]
+    by_expert = (kept != 0).flatten(2).any(-1)
+    is_known = (ids >= 0) & (ids < num_experts)
+    return by_expert.gather(1, ids.clamp(0, num_experts - 1)) & is_known
 
 
 def _given(values: list[Tensor] | None) -> list[Tensor]:

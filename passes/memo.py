@@ -63,7 +63,7 @@ def region_key(candidate: Candidate, numbers: Mapping[fx.Node, int]) -> Hashable
         (*(numbers[node] for node in (*gemm.nodes, *gemm.rows)), gemm.transposed)
         for gemm in pair.gemms
     )
-    kept = candidate.kept and (numbers[candidate.kept.node], candidate.kept.by_choice)
+    kept = candidate.kept and (numbers[candidate.kept.node], candidate.kept.axes)
     return (numbers[candidate.y], gemms, candidate.top_k, candidate.first, kept)
 
 

@@ -89,11 +89,15 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Which slots an expert has room for: bools inside the region, one per slot, that follow from
-    the ids. They are [T, A], or [A, T] if `by_choice`, whatever their shape."""
+    """Which slots an expert has room for: a tensor inside the region that follows from the ids.
+
+    Its `axes` are, whatever its shape, "TA": bools by token and slot, "AT": the same by slot and
+    token, or "TEC": numbers by token, expert and place in the expert's room (one-hot tensors of
+    einsums), of which those of a slot that is dropped are all zero.
+    """
 
     node: fx.Node
-    by_choice: bool
+    axes: str
 
 
 @dataclasses.dataclass(frozen=True)

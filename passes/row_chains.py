@@ -96,7 +96,15 @@ def _main_source(node: fx.Node) -> fx.Node | None:
         return rows[0] if len(rows) == 1 else None
     if packet is aten.mul:
         return _scaled_rows(node)
+    if packet is aten.bmm:
+        return _picked_rows(node)
     return None
+
+
+def _picked_rows(node: fx.Node) -> fx.Node | None:
+    """The rows that a one-hot matrix picks from: an einsum over tokens."""
+    picks, rows = node.args
+    return rows if _is_one(val(node).shape[0]) and stored(picks) is None else None
 
 
 def _scaled_rows(node: fx.Node) -> fx.Node | None:

@@ -39,7 +39,9 @@ def test_rewritten(name: str, train: bool) -> None:
         counts = joint_graphs.run_pass(rewritten)
     expected = {"regions_found": 1, "regions_portable": 1}
     assert counts == expected | ({"regions_backward_portable": 1} if train else {})
-    assert joint_graphs.nodes_of(rewritten, aten.bmm.default) == []
+    for product in (aten.bmm, aten.mm):
+        left = joint_graphs.nodes_of(rewritten, product.default)
+        assert all("router" in str(n.meta.get("stack_trace")) for n in left)
     assert_same(graph, rewritten)
     (region,) = collected[0].regions
     assert ("beyond a capacity" in region.detail) == (name != "roomy")

@@ -194,6 +194,16 @@ def test_fused_multiply_add() -> None:
 
 
 @each_support
+def test_rows_side_by_side(support: Support) -> None:
+    x = rows(support)
+    check(aten.view.default, x, [S * H])
+    check(aten.view.default, Both((2, 3, H), (None, None, support)), [2, 3 * H])
+    twice = Both((S, 2 * H), (None, Support(2 * H, (0, 3, 9, 10, 13, 19), support.zero)))
+    check(aten.view.default, twice, [S, 2, H])
+    check(aten.view.default, twice, [2, 3, 2, H])
+
+
+@each_support
 def test_shapes(support: Support) -> None:
     x = rows(support)
     check(aten.view.default, x, [2, 3, H])
@@ -257,6 +267,26 @@ def test_written_rows(support: Support) -> None:
     for base in (rows(support, seed=1), torch.zeros((), dtype=torch.float64).expand(S, H)):
         check(aten.slice_scatter.default, base, some, 0, 0, -2)
         check(aten.slice_scatter.default, base, some, 0, 2, S)
+
+
+@each_support
+def test_select_scatter(support: Support) -> None:
+    matrix = Both((S, H), (None, support))
+    for index in (0, 2, -1):
+        check(aten.select_scatter.default, torch.zeros(E, S, H).double(), matrix, 0, index)
+        check(aten.select_scatter.default, Both((E, S, H), (None, None, ZERO)), matrix, 0, index)
+    flipped = Both((H, E), (support, None))
+    check(aten.select_scatter.default, torch.zeros(S, H, E).double(), flipped, 0, 1)
+
+
+@each_support
+def test_addmm(support: Support) -> None:
+    x, matrix = rows(), Both((H, E), (ZERO, None))
+    check(aten.addmm.default, torch.ones(E).double(), x, matrix)
+    wide = Both((H, H), (ZERO, support))
+    check(aten.addmm.default, Both((H,), (support,)), x, wide)
+    with pytest.raises(Untracked):
+        apply(aten.addmm.default, (torch.ones(E).double(), x.held, matrix.held), {"beta": 2})
 
 
 # -- gathers and scatters ----------------------------------------------------------------------
@@ -378,7 +408,12 @@ UNTRACKED: dict[str, tuple[Any, ...]] = {
     "roll_of_columns": (aten.roll.default, rows(), [1], [1]),
     "flip_of_columns": (aten.flip.default, rows(), [1]),
     "view_across_columns": (aten.view.default, rows(), [S * 2, H // 2]),
-    "flatten": (aten.view.default, rows(), [-1]),
+    "three_dimensions_in_one": (aten.view.default, Both((2, 3, H), (None, None, ZERO)), [-1]),
+    "columns_that_differ_by_row": (
+        aten.view.default,
+        Both((S, 2 * H), (None, Support(2 * H, (0, 3, 9, 10), zero=True))),
+        [S, 2, H],
+    ),
     "pad_of_columns": (aten.constant_pad_nd.default, rows(), [0, 1]),
     "index_of_columns": (aten.index.Tensor, rows(), [None, torch.tensor([0, 1])]),
     "gather_of_columns": (aten.gather.default, rows(), 1, torch.zeros(S, 2, dtype=torch.int64)),

@@ -133,6 +133,78 @@ class GateAndUpApart(Capacity):
         return torch.bmm(F.silu(gate) * up, self.w_out_EIH)
 
 
+class LoopOverExperts(Capacity):
+    """A product per expert, as DeepSpeed's list of modules makes them."""
+
+    def experts(self, rows_ECH: Tensor) -> Tensor:
+        out = []
+        for e, rows_1CH in enumerate(rows_ECH.chunk(self.num_experts)):
+            gate, up = (rows_1CH @ self.w_in_EHN[e]).chunk(2, dim=-1)
+            out.append((F.silu(gate) * up) @ self.w_out_EIH[e])
+        return torch.cat(out)
+
+
+class OneHot(Capacity):
+    """GShard's einsums: one-hot tensors [T, E, C] dispatch and combine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights_TA, ids_TA = torch.topk((x @ self.router.T).float().softmax(-1), self.top_k, dim=1)
+        combine_TEC = self.one_hot(weights_TA, ids_TA, self.capacity(x.shape[0]))
+        rows_ECH = torch.einsum("tec,th->ech", self.dispatched(combine_TEC).to(x.dtype), x)
+        return torch.einsum("tec,ech->th", combine_TEC.to(x.dtype), self.experts(rows_ECH))
+
+    def one_hot(self, weights_TA: Tensor, ids_TA: Tensor, capacity: int) -> Tensor:
+        """The weight of each token in each place of each expert."""
+        combine_TEC = weights_TA.new_zeros(len(ids_TA), self.num_experts, capacity)
+        before_E = torch.zeros(self.num_experts, dtype=torch.int64)
+        for choice in range(self.top_k):
+            mask_TE = F.one_hot(ids_TA[:, choice], self.num_experts)
+            place_TE = mask_TE.cumsum(0) - 1 + before_E
+            before_E = before_E + mask_TE.sum(0)
+            kept_TE = self.kept(mask_TE, place_TE, capacity)
+            place_T = (place_TE * kept_TE).sum(-1).clamp(max=capacity - 1)
+            weight_TE = weights_TA[:, choice : choice + 1] * kept_TE
+            combine_TEC = combine_TEC + weight_TE.unsqueeze(-1) * F.one_hot(
+                place_T, capacity
+            ).unsqueeze(1)
+        return combine_TEC
+
+    def kept(self, mask_TE: Tensor, place_TE: Tensor, capacity: int) -> Tensor:
+        return mask_TE * (place_TE < capacity)
+
+    def dispatched(self, combine_TEC: Tensor) -> Tensor:
+        return combine_TEC != 0
+
+
+class OneHotOneChoice(OneHot, OneChoice):
+    """Switch Transformer's: every token at one expert."""
+
+
+class OneHotLoop(OneHot, LoopOverExperts):
+    """The einsums around a product per expert."""
+
+
+class OneHotNothingDropped(OneHot):
+    """Tokens beyond the capacity are added to those in the last place."""
+
+    def kept(self, mask_TE: Tensor, place_TE: Tensor, capacity: int) -> Tensor:
+        return mask_TE
+
+
+class OneHotNextPlace(OneHot):
+    """Dispatched are the tokens of the place before."""
+
+    def dispatched(self, combine_TEC: Tensor) -> Tensor:
+        return (combine_TEC != 0).roll(1, 2)
+
+
+class OneHotWeighted(OneHot):
+    """Weights multiply twice: in front of the experts and behind them."""
+
+    def dispatched(self, combine_TEC: Tensor) -> Tensor:
+        return combine_TEC
+
+
 class NothingDropped(Capacity):
     """Near-miss: slots beyond the capacity overwrite the last row of their expert."""
 
@@ -176,10 +248,17 @@ REWRITTEN: dict[str, Callable[..., Capacity]] = {
     "heaviest_first": HeaviestFirst,
     "masked_weights": MaskedWeights,
     "gate_and_up_apart": GateAndUpApart,
+    "loop": LoopOverExperts,
+    "one_hot": OneHot,
+    "one_hot_one_choice": OneHotOneChoice,
+    "one_hot_loop": OneHotLoop,
 }
 REFUSED: dict[str, Callable[..., Capacity]] = {
     "nothing_dropped": NothingDropped,
     "renormalised": Renormalised,
     "wrong_order": WrongOrder,
     "others_row": OthersRow,
+    "one_hot_nothing_dropped": OneHotNothingDropped,
+    "one_hot_next_place": OneHotNextPlace,
+    "one_hot_weighted": OneHotWeighted,
 }
