@@ -80,4 +80,7 @@ def _logical(emit: Emitter, gemm: ExpertGemm) -> fx.Node:
     """The stack as [L, K, N]; the memory stays where it is."""
     if not gemm.transposed:
         return gemm.stack
-    return emit.call(aten.permute.default, gemm.stack, [0, 2, 1])
+    logical = emit.call(aten.permute.default, gemm.stack, [0, 2, 1])
+    if "recompute" in gemm.stack.meta:
+        logical.meta["recompute"] = gemm.stack.meta["recompute"]
+    return logical

@@ -15,19 +15,23 @@ import torch
 from torch import fx
 
 from comet_compile.passes.graph_view import (
-    ancestors,
     is_float,
     is_integer,
-    same_size,
     schema_name,
     stored,
     val,
+)
+from comet_compile.passes.products import (
+    Product,
+    is_no_op,
+    line_of,
+    product_of,
+    row_local_sources,
 )
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.region import ExpertGemm, ExpertPair
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 # (rows [S, K], stack [E, K, N], ends [E]) -> [S, N]; known by name, since transformers registers it
 GROUPED_MM_FALLBACK = "transformers::grouped_mm_fallback"
@@ -79,56 +83,27 @@ class _Loops:
     """Products with one matrix of a stack, by stack and matrix."""
 
     def __init__(self) -> None:
-        self._of_stack: dict[tuple[fx.Node, bool], dict[int, list[tuple[fx.Node, fx.Node]]]] = {}
+        self._of_stack: dict[tuple[fx.Node, bool], dict[int, list[Product]]] = {}
 
     def add(self, node: fx.Node) -> None:
         """Keep `node` if it is one of them."""
-        if node.target not in (aten.mm.default, aten.addmm.default):
-            return
-        rows, matrix = node.args[-2:]
-        flipped = matrix.target is aten.permute.default
-        found = one_of(matrix.args[0] if flipped else matrix)
-        if found is None or val(found[0]).ndim != 3 or not is_float(found[0]):
-            return
-        stack, number = found
-        self._of_stack.setdefault((stack, flipped), {}).setdefault(number, []).append((node, rows))
+        product = product_of(node)
+        line = None if product is None else line_of(product.matrix)
+        if product is not None and line is not None:
+            stack, number = line
+            by_number = self._of_stack.setdefault((stack, product.is_flipped), {})
+            by_number.setdefault(number, []).append(product)
 
     def complete(self) -> list[ExpertGemm]:
         """The loops that multiply with every matrix of a stack, once."""
         found = []
-        for (stack, flipped), by_number in self._of_stack.items():
-            products = [by_number.get(e, []) for e in range(int(val(stack).shape[0]))]
-            if all(len(own) == 1 for own in products):
-                nodes, rows = zip(*(own[0] for own in products), strict=True)
-                found.append(ExpertGemm(nodes, rows, stack, flipped, dense=True))
+        for (stack, is_flipped), by_number in self._of_stack.items():
+            experts = [by_number.get(e, []) for e in range(int(val(stack).shape[0]))]
+            if all(len(own) == 1 for own in experts):
+                nodes = tuple(own[0].node for own in experts)
+                rows = tuple(own[0].rows for own in experts)
+                found.append(ExpertGemm(nodes, rows, stack, is_flipped, dense=True, is_loop=True))
         return found
-
-
-def one_of(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """(table, number) if `node` is one line or matrix of an input of the graph."""
-    if node.target is aten.select.int:
-        table, dim, number = node.args
-    elif getattr(node.target, "__name__", "") == "getitem" and _is_unbind(node.args[0]):
-        (unbind, number), dim = node.args, 0
-        table = unbind.args[0]
-        dim = unbind.args[1] if len(unbind.args) > 1 else 0
-    else:
-        return None
-    if dim != 0 or not isinstance(number, int) or stored(table) is None:
-        return None
-    return table, number % int(val(table).shape[0])
-
-
-def _is_unbind(node: fx.Node) -> bool:
-    return node.target is aten.unbind.int
-
-
-def own_row(node: fx.Node, num_experts: int) -> fx.Node | None:
-    """The table [L, columns] of the graph's inputs that `node` is a line of."""
-    found = one_of(node)
-    if found is None or val(found[0]).ndim != 2 or not is_float(found[0]):
-        return None
-    return found[0] if same_size(val(found[0]).shape[0], num_experts) else None
 
 
 def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
@@ -138,7 +113,7 @@ def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
             return ExpertGemm((node,), (rows,), stack, transposed=False)
         return None
     if node.target is aten.bmm.default:
-        left, right = (operand.args[0] if _is_no_op(operand) else operand for operand in node.args)
+        left, right = (operand.args[0] if is_no_op(operand) else operand for operand in node.args)
         for operand, other, on_left in ((left, right, True), (right, left, False)):
             gathered = _gathered_stack(operand)
             if gathered is not None:
@@ -167,41 +142,6 @@ def _gathered_stack(operand: fx.Node) -> tuple[fx.Node, bool] | None:
     return None
 
 
-_ROW_LOCAL = {
-    aten.split,
-    aten.split_with_sizes,
-    aten.slice,
-    aten.cat,
-    aten.view,
-    aten.reshape,
-    aten.squeeze,
-    aten.unsqueeze,
-    aten.clone,
-    aten.permute,
-    prims.convert_element_type,
-    aten._to_copy,
-}
-
-
-def _is_no_op(node: fx.Node) -> bool:
-    """Whether `node` is an expand to the shape that there is, of which a matmul makes two."""
-    if node.target is not aten.expand.default:
-        return False
-    before, after = val(node.args[0]).shape, val(node).shape
-    return len(before) == len(after) and all(map(same_size, before, after))
-
-
-def _is_row_local(node: fx.Node) -> bool:
-    target = node.target
-    if _is_no_op(node):
-        return True
-    if target is getattr and node.op == "call_function":
-        return False
-    if isinstance(target, torch._ops.OpOverload):
-        return torch.Tag.pointwise in target.tags or target.overloadpacket in _ROW_LOCAL
-    return node.op == "call_function" and getattr(target, "__name__", "") == "getitem"
-
-
 def _in_projections(
     gemm: ExpertGemm, place: dict[fx.Node, tuple[ExpertGemm, int]]
 ) -> list[ExpertGemm]:
@@ -211,8 +151,7 @@ def _in_projections(
     """
     found: list[list[ExpertGemm]] = []
     for expert, rows in enumerate(gemm.rows):
-        reached = ancestors([rows], stop=lambda n: n in place or not _is_row_local(n))
-        sources = [place[n] for n in place if n in reached]
+        sources = [place[node] for node in row_local_sources(rows, place)]
         if any(other != expert for _, other in sources):
             return []
         found.append([source for source, _ in sources])

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from comet_compile.passes.expert_gemms import own_row
 from comet_compile.passes.graph_view import (
     ancestors,
     dependents,
@@ -36,6 +35,7 @@ from comet_compile.passes.graph_view import (
     same_size,
     val,
 )
+from comet_compile.passes.products import table_row
 from comet_compile.passes.ranges import interval
 from comet_compile.passes.reasons import Rejection, RejectReason
 from comet_compile.passes.region import Candidate, ExpertPair, Kept
@@ -280,7 +280,7 @@ def _close(y: fx.Node, cut: set[fx.Node], pair: ExpertPair) -> _Closure | Reject
                 continue
             return None
         if pair.out.is_loop:
-            table = own_row(node, pair.out.num_experts)
+            table = table_row(node, pair.out.num_experts)
         elif pair.dense:
             table = added_table(node, pair.out.num_experts)
         else:

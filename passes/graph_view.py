@@ -78,8 +78,17 @@ _STORED_AS = {
 
 
 def stored(node: Any) -> fx.Node | None:
-    """The graph input that `node` is, or is a view, a copy or a cast of; else None."""
+    """The graph input that `node` is, or is a view, a copy or a cast of; else None.
+
+    Of inputs that are joined, as matrices in a stack are, the first.
+    """
     while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is torch.ops.aten.cat.default:
+            first, *others = node.args[0]
+            if any(stored(other) is None for other in others):
+                return None
+            node = first
+            continue
         if getattr(node.target, "overloadpacket", None) not in _STORED_AS:
             return None
         node = node.args[0]

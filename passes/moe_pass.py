@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ from comet_compile.kernels import ops as _ops  # noqa: F401, registers torch.ops
 from comet_compile.kernels import paths
 from comet_compile.kernels.experts import ExpertParams, LayerMath
 from comet_compile.kernels.portable import Routed
-from comet_compile.passes import expert_gemms, find, pictures
+from comet_compile.passes import expert_gemms, find, loops, pictures
 from comet_compile.passes.arguments import emit_arguments
 from comet_compile.passes.backward import Gradients, Matches, find_gradients
 from comet_compile.passes.describe import bytes_saved, describe, estimate, summary
@@ -110,6 +110,7 @@ class _Session:
     proofs: dict[Hashable, Layer | Rejection] = dataclasses.field(default_factory=dict)
     matches: Matches = dataclasses.field(default_factory=Matches)
     effects: list[fx.Node] = dataclasses.field(default_factory=list)
+    arranged: list[loops.Loop] = dataclasses.field(default_factory=list)
     bytes_saved: int = 0  # by the layers rewritten so far
 
     @property
@@ -118,16 +119,20 @@ class _Session:
         return self.sink is not None or records.is_collecting()
 
     def run(self) -> None:
+        before, num_before = self._text(), len(self.graph.nodes)
         started = time.perf_counter()
         backward = backward_nodes(self.graph)
+        self.arranged = loops.arrange_loops(self.graph, backward)
+        if self.arranged:
+            backward = backward_nodes(self.graph)
         pairs, refused = expert_gemms.find_pairs(self.graph, backward)
         pairs = [p for p in pairs if not p.dense or find.is_routed(p, self.graph, backward)]
+        self._undo(loop for loop in self.arranged if not any(p in loop for p in pairs))
         if not pairs and not refused:
             log.debug("comet: no MoE region in a graph of %d nodes", len(self.graph.nodes))
-            self._publish(started, len(self.graph.nodes), [], "", bool(backward))
+            self._publish(started, num_before, [], before, bool(backward))
             return
         self.graph_id, self.effects = next(_graph_ids), effects(self.graph)
-        before, num_before = self._text(), len(self.graph.nodes)
         regions = [self._region(pair) for pair in pairs]
         regions += [self._refusal(node, rejection) for node, rejection in refused]
         if self.rewritten:
@@ -137,6 +142,12 @@ class _Session:
         self._publish(started, num_before, regions, before, bool(backward))
         if self.config.strict:
             _raise_refused(regions)
+
+    def _undo(self, arranged: Iterable[loops.Loop]) -> None:
+        """Take the stacks of loops back: what is not rewritten is left as it was."""
+        for loop in list(arranged):
+            loop.edits.undo()
+            self.arranged.remove(loop)
 
     # -- one region ---------------------------------------------------------------------------
 
@@ -150,6 +161,7 @@ class _Session:
             detail = f"{pair.out.node.name}: {type(error).__name__}: {error}"
             outcome = Rejection(RejectReason.INTERNAL_ERROR, detail)
         if isinstance(outcome, Rejection):
+            self._undo(loop for loop in self.arranged if pair in loop)
             return self._refusal(pair.out.node, outcome)
         layer, gradients = outcome
         before = self._picture(layer) if self.is_recording else None
@@ -184,6 +196,10 @@ class _Session:
     def _prove(
         self, pair: ExpertPair, backward: set[fx.Node]
     ) -> tuple[Layer, Gradients | None] | Rejection:
+        for loop in self.arranged:
+            if pair in loop and loop.why_not:
+                detail = f"{pair.out.node.name}: {loop.why_not}"
+                return Rejection(RejectReason.SEPARATE_EXPERTS, detail)
         refusal: Rejection | None = None
         failed_backward = 0
         for candidate in find.candidates(pair, self.graph, backward):
@@ -297,7 +313,6 @@ class _Session:
         if not self.is_recording:
             return
         seconds = time.perf_counter() - started
-        before = before or self._text()
         record = records.GraphRecord(
             graph_id=regions[0].graph_id if regions else next(_graph_ids),
             kind="training" if training else "inference",

@@ -57,6 +57,12 @@ class RejectReason(enum.Enum):
         "The region contains an operation whose meaning comet cannot follow. If it is a custom "
         "op, write it in PyTorch operations while compiling.",
     )
+    SEPARATE_EXPERTS = (
+        "separate_experts",
+        "Each expert's matrices are parameters of their own, and to copy them into one stack in "
+        "every call would cost more than it brings. Keep one parameter [experts, in, out] for each "
+        "projection of all experts.",
+    )
     UNSUPPORTED_DTYPE = (
         "unsupported_dtype",
         "Experts must compute in bfloat16, float16, float32 or float64.",

@@ -16,7 +16,7 @@ c10d = torch.ops._c10d_functional
 class ExpertGemm:
     """The product of rows with a stack of expert matrices: `nodes` of `rows`.
 
-    That is one node, or, where Python loops over the experts, one for each of them in order.
+    That is one node, or, where Python loops over the experts (`is_loop`), one for each in order.
     `stack` is [L, K, N], or [L, N, K] if `transposed` (one matrix per expert either way). `dense`:
     every expert has its own block of rows, [L, rows, K], whatever the routing is.
     """
@@ -26,16 +26,12 @@ class ExpertGemm:
     stack: fx.Node
     transposed: bool
     dense: bool = False
+    is_loop: bool = False
 
     @property
     def node(self) -> fx.Node:
         """The node that stands for all of them in messages."""
         return self.nodes[0]
-
-    @property
-    def is_loop(self) -> bool:
-        """Whether each expert's product is a node of its own."""
-        return len(self.nodes) > 1
 
     @property
     def num_experts(self) -> int:

@@ -62,23 +62,29 @@ def token_chain(pair: ExpertPair) -> list[fx.Node]:
     """Where the rows of the in-projection come from: [.., H] values, matrices first, then from
     the outside in."""
     chain: list[fx.Node] = []
-    node: fx.Node | None = pair.ins[0].rows[0]
     features = pair.ins[0].in_features
     dtypes: set[torch.dtype] = set()
-    while node is not None:
+    for node in upwards(pair.ins[0].rows[0]):
         if is_float(node):
             dtypes.add(val(node).dtype)
             fits = val(node).ndim >= 2 and same_size(val(node).shape[-1], features)
             # the op takes tokens in the rows' dtype: widened before they are moved, not behind
             if fits and all(widens(val(node).dtype, dtype) for dtype in dtypes):
                 chain.append(node)
-        node = _main_source(node)
     chain.reverse()
     if pair.dense and pair.out.num_experts > 1 and not pair.out.is_loop:
         # the tokens are as many as the rows of one expert
         rows = numel(val(pair.ins[0].rows[0]).shape)
         chain = [n for n in chain if not same_size(numel(val(n).shape), rows)]
     return sorted(chain, key=lambda n: val(n).ndim != 2)
+
+
+def upwards(rows: fx.Node) -> list[fx.Node]:
+    """`rows` and what they were before they were moved, masked or scaled, nearest first."""
+    found = [rows]
+    while (source := _main_source(found[-1])) is not None:
+        found.append(source)
+    return found
 
 
 def _main_source(node: fx.Node) -> fx.Node | None:

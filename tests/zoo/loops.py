@@ -151,7 +151,7 @@ class AddsBiases(Biases):
 
 
 class SharedExpert(Loop):
-    """An expert for all tokens stands behind the loop: its gradient of x comes first."""
+    """An expert for all tokens stands in front of the loop."""
 
     def __init__(self, **shape: int) -> None:
         super().__init__(**shape)
@@ -160,8 +160,47 @@ class SharedExpert(Loop):
         self.up = nn.Linear(hidden, inner, bias=False, dtype=dtype)
         self.down = nn.Linear(inner, hidden, bias=False, dtype=dtype)
 
-    def forward(self, x):
-        return super().forward(x) + self.down(F.relu(self.up(x)))
+    def routed(self, rows_TH, weights_TA, ids_TA):
+        shared = self.down(F.relu(self.up(rows_TH)))
+        return super().routed(rows_TH, weights_TA, ids_TA) + shared
+
+
+class SharedExpertLast(SharedExpert):
+    """The same, but it stands behind the loop in the code, too."""
+
+    def routed(self, rows_TH, weights_TA, ids_TA):
+        y = Loop.routed(self, rows_TH, weights_TA, ids_TA)
+        return y + self.down(F.relu(self.up(rows_TH)))
+
+
+class InPlace(Loop):
+    """A buffer is added to in place."""
+
+    def routed(self, rows_TH, weights_TA, ids_TA):
+        y = torch.zeros_like(rows_TH)
+        for e in range(self.num_experts):
+            weight_T1 = self.weight(weights_TA, ids_TA, e).to(rows_TH.dtype).unsqueeze(-1)
+            y.add_(self.expert(rows_TH, e) * weight_T1)
+        return y
+
+
+class AsManyChoices(Loop):
+    """The outer loop is over choices, the weight of an expert the sum of its masks'."""
+
+    def weight(self, weights_TA, ids_TA, e):
+        masks = [(ids_TA[:, a] == e) * weights_TA[:, a] for a in range(self.top_k)]
+        return torch.stack(masks).sum(0)
+
+
+class Descending(Loop):
+    """The experts are counted down."""
+
+    def routed(self, rows_TH, weights_TA, ids_TA):
+        y = torch.zeros_like(rows_TH)
+        for e in reversed(range(self.num_experts)):
+            weight_T1 = self.weight(weights_TA, ids_TA, e).to(rows_TH.dtype).unsqueeze(-1)
+            y = self.add(y, self.expert(rows_TH, e), weight_T1)
+        return y
 
 
 class WrongExpert(Loop):
@@ -184,6 +223,61 @@ class Squared(Loop):
 
     def weight(self, weights_TA, ids_TA, e):
         return super().weight(weights_TA, ids_TA, e).square()
+
+
+class _Expert(nn.Module):
+    """One expert as a module of its own."""
+
+    def __init__(self, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor, *, bias: bool) -> None:
+        super().__init__()
+        for name, weight in (("gate", gate_IH), ("up", up_IH), ("down", down_HI)):
+            linear = nn.Linear(*weight.shape[::-1], bias=bias, dtype=weight.dtype)
+            linear.weight.data.copy_(weight.detach())
+            setattr(self, name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Modules(Loop):
+    """A list of modules, as most people write experts first."""
+
+    bias = False
+
+    def __init__(self, **shape: int) -> None:
+        super().__init__(**shape)
+        stacks = (self.w_gate_EIH, self.w_up_EIH, self.w_down_EHI)
+        self.experts = nn.ModuleList(
+            _Expert(*matrices, bias=self.bias) for matrices in zip(*stacks, strict=True)
+        )
+        del self.w_gate_EIH, self.w_up_EIH, self.w_down_EHI
+
+    def expert(self, rows_TH, e):
+        return self.experts[e](rows_TH)
+
+
+class ModulesWithBiases(Modules):
+    """The same with biases."""
+
+    bias = True
+
+
+class ModulesOwnRows(Modules):
+    """Every expert multiplies the rows of its own tokens alone, of which it has room for all."""
+
+    def routed(self, rows_TH, weights_TA, ids_TA):
+        y = torch.zeros_like(rows_TH)
+        for e in range(self.num_experts):
+            weight_T1 = self.weight(weights_TA, ids_TA, e).to(rows_TH.dtype).unsqueeze(-1)
+            # those that chose the expert first; the other half is of the others
+            order_T = torch.argsort((ids_TA != e).all(1).int(), stable=True)
+            half = order_T[: (len(rows_TH) + 1) // 2]
+            y = y.index_add(0, half, self.expert(rows_TH[half], e) * weight_T1[half])
+        return y
+
+
+class ModulesSquared(Modules, Squared):
+    """Weights are squared where they multiply."""
 
 
 class AtLeast(Loop):
@@ -233,6 +327,12 @@ REWRITTEN: dict[str, Callable[..., Loop]] = {
     "biases": Biases,
     "adds_biases": AddsBiases,
     "shared_expert": SharedExpert,
+    "shared_expert_last": SharedExpertLast,
+    "in_place": InPlace,
+    "as_many_choices": AsManyChoices,
+    "descending": Descending,
+    "modules": Modules,
+    "modules_with_biases": ModulesWithBiases,
 }
 
 REFUSED: dict[str, tuple[Callable[..., Loop], str]] = {
@@ -243,4 +343,6 @@ REFUSED: dict[str, tuple[Callable[..., Loop], str]] = {
     "cosine": (Cosine, "unknown_activation"),
     "one_differs": (OneDiffers, "unknown_activation"),
     "escapes": (Escapes, "no_output"),
+    "modules_own_rows": (ModulesOwnRows, "separate_experts"),
+    "modules_squared": (ModulesSquared, "not_equivalent"),
 }
