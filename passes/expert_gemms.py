@@ -99,10 +99,13 @@ class _Loops:
         found = []
         for (stack, is_flipped), by_number in self._of_stack.items():
             experts = [by_number.get(e, []) for e in range(int(val(stack).shape[0]))]
-            if all(len(own) == 1 for own in experts):
-                nodes = tuple(own[0].node for own in experts)
-                rows = tuple(own[0].rows for own in experts)
-                found.append(ExpertGemm(nodes, rows, stack, is_flipped, dense=True, is_loop=True))
+            nodes = tuple(product.node for own in experts for product in own)
+            targets = {node.target for node in nodes}
+            if all(len(own) == 1 for own in experts) and len(targets) == 1:
+                rows_at = len(nodes[0].args) - 2
+                found.append(
+                    ExpertGemm(nodes, rows_at, stack, is_flipped, dense=True, is_loop=True)
+                )
         return found
 
 
@@ -110,18 +113,18 @@ def _expert_gemm(node: fx.Node) -> ExpertGemm | None:
     if node.target is aten._grouped_mm.default or schema_name(node) == GROUPED_MM_FALLBACK:
         rows, stack = node.args[0], node.args[1]
         if val(rows).ndim == 2 and val(stack).ndim == 3:
-            return ExpertGemm((node,), (rows,), stack, transposed=False)
+            return ExpertGemm((node,), 0, stack, transposed=False)
         return None
     if node.target is aten.bmm.default:
         left, right = (operand.args[0] if is_no_op(operand) else operand for operand in node.args)
-        for operand, other, on_left in ((left, right, True), (right, left, False)):
+        for operand, rows_at in ((left, 1), (right, 0)):
             gathered = _gathered_stack(operand)
             if gathered is not None:
                 stack, flipped = gathered
                 # left [S, N, K] @ column, or row @ right [S, K, N]
-                return ExpertGemm((node,), (other,), stack, transposed=on_left != flipped)
+                return ExpertGemm((node,), rows_at, stack, transposed=(rows_at == 1) != flipped)
         if stored(right) is not None and is_float(right):
-            return ExpertGemm((node,), (left,), right, transposed=False, dense=True)
+            return ExpertGemm((node,), 0, right, transposed=False, dense=True)
     return None
 
 

@@ -26,6 +26,7 @@ Steps
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -47,12 +48,16 @@ Unit = tuple[Product, ...]  # the in-projections and, last, the out-projection o
 
 
 class Loop:
-    """The experts of one loop, and what was done to the graph so that it reads `stacks`."""
+    """The experts of one loop, and what was done to the graph so that it reads `stacks`.
+
+    `why_not` says why stacks of these matrices cost more than they bring; "" if they do not.
+    """
 
     def __init__(self, units: Sequence[Unit], backward: set[fx.Node]) -> None:
         self.units = tuple(units)
         self.stacks: set[fx.Node] = set()
         self.edits = Edits()
+        self.why_not = _why_not(units)
         self._cast_rows_once()
         for products in zip(*units, strict=True):
             for parts in zip(*(product.tensors for product in products), strict=True):
@@ -61,19 +66,6 @@ class Loop:
 
     def __contains__(self, pair: ExpertPair) -> bool:
         return not self.stacks.isdisjoint(pair.stacks)
-
-    @property
-    def why_not(self) -> str:
-        """Why stacks of these matrices cost more than they bring; "" if they do not."""
-        first = self.units[0][0]
-        if len(self.units) == 1 or line_of(uncast(first.matrix)) is not None:
-            return ""  # a view, or a cast that was made anyway
-        tokens, rows = val(upwards(first.rows)[-1]), val(first.rows)
-        if not same_size(numel(tokens.shape), numel(rows.shape)):
-            return "each expert multiplies its own rows already"
-        as_traced, *_ = size_choices([first.rows])
-        num_tokens = concrete(numel(rows.shape[:-1]), as_traced)
-        return "" if num_tokens >= tokens_that_pay(rows.device) else f"{num_tokens} tokens are few"
 
     def _cast_rows_once(self) -> None:
         """Have products of the same rows, each cast for itself, read one cast."""
@@ -136,6 +128,28 @@ class Loop:
                 elif user in backward and user.target is aten.mm.default:
                     found.append(user)
         return found
+
+
+def _why_not(units: Sequence[Unit]) -> str:
+    first = units[0][0]
+    if len(units) == 1 or line_of(uncast(first.matrix)) is not None:
+        return ""  # a view, or a cast that was made anyway
+    if len({_as_many(unit[0].rows) for unit in units}) > 1:
+        return "each expert multiplies its own rows already"
+    as_traced, *_ = size_choices([first.rows])
+    rows = val(first.rows)
+    num_tokens = concrete(numel(rows.shape[:-1]), as_traced)
+    return "" if num_tokens >= tokens_that_pay(rows.device) else f"{num_tokens} tokens are few"
+
+
+def _as_many(rows: fx.Node) -> fx.Node:
+    """What `rows` were before they were masked, scaled or cast, none of them left out."""
+    same = [n for n in upwards(rows) if is_float(n) and same_size(_numel(n), _numel(rows))]
+    return same[-1]
+
+
+def _numel(node: fx.Node) -> Any:
+    return numel(val(node).shape)
 
 
 def tokens_that_pay(device: torch.device) -> int:

@@ -23,10 +23,14 @@ class Product:
     """
 
     node: fx.Node
-    rows: fx.Node
     matrix: fx.Node
     is_flipped: bool
     bias: fx.Node | None
+
+    @property
+    def rows(self) -> fx.Node:
+        """What is multiplied; the output of a layer in front may have been replaced by now."""
+        return self.node.args[-2]
 
     @property
     def tensors(self) -> tuple[fx.Node, ...]:
@@ -46,13 +50,13 @@ def product_of(node: fx.Node) -> Product | None:
     """The product that `node` is, if it is one."""
     if node.target not in (aten.mm.default, aten.addmm.default):
         return None
-    *biases, rows, matrix = node.args
+    *biases, _, matrix = node.args
     is_flipped = matrix.target is aten.permute.default
     matrix = matrix.args[0] if is_flipped else matrix
     bias = biases[0] if biases else None
     if not _is_given(matrix, 2) or (bias is not None and not _is_given(bias, 1)):
         return None
-    return Product(node, rows, matrix, is_flipped, bias)
+    return Product(node, matrix, is_flipped, bias)
 
 
 def _is_given(node: fx.Node, ndim: int) -> bool:

@@ -8,25 +8,33 @@ import torch
 from torch import fx
 
 from comet_compile.passes.graph_view import is_collective, val
+from comet_compile.passes.products import is_no_op
 
 c10d = torch.ops._c10d_functional
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGemm:
-    """The product of rows with a stack of expert matrices: `nodes` of `rows`.
+    """The product of rows with a stack of expert matrices.
 
-    That is one node, or, where Python loops over the experts (`is_loop`), one for each in order.
+    That is one node, or, where Python loops over the experts (`is_loop`), one for each in order;
+    rows are their argument number `rows_at`.
     `stack` is [L, K, N], or [L, N, K] if `transposed` (one matrix per expert either way). `dense`:
     every expert has its own block of rows, [L, rows, K], whatever the routing is.
     """
 
     nodes: tuple[fx.Node, ...]
-    rows: tuple[fx.Node, ...]
+    rows_at: int
     stack: fx.Node
     transposed: bool
     dense: bool = False
     is_loop: bool = False
+
+    @property
+    def rows(self) -> tuple[fx.Node, ...]:
+        """What each node multiplies. Read anew, since layers in front are replaced."""
+        rows = [node.args[self.rows_at] for node in self.nodes]
+        return tuple(row.args[0] if is_no_op(row) else row for row in rows)
 
     @property
     def node(self) -> fx.Node:

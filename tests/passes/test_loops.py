@@ -102,6 +102,19 @@ def test_few_tokens_do_not_pay_for_stacks(train: bool, monkeypatch: pytest.Monke
     check(joint_graphs.capture(loops.Modules(), tokens(), train=train), train)
 
 
+@in_both_modes
+@pytest.mark.parametrize("name", ["loop", "modules", "shared_expert_last"])
+def test_layers_in_a_row(name: str, train: bool) -> None:
+    """The second layer's rows are the first one's output, which is replaced by then."""
+    model = nn.Sequential(loops.REWRITTEN[name](), nn.Tanh(), loops.REWRITTEN[name]())
+    graph = joint_graphs.capture(model.float(), tokens(dtype=torch.float32), train=train)
+    rewritten = joint_graphs.clone(graph)
+    assert joint_graphs.num_rewritten(joint_graphs.run_pass(rewritten)) == 2
+    inputs = lockstep.random_inputs(graph, 1, 0, T)
+    results = [lockstep.execute(g, inputs, 1) for g in (rewritten, graph)]
+    assert not lockstep.differences(*results)
+
+
 class Ensemble(nn.Module):
     """Networks of one shape on the same tokens, each counted as much as it says: no experts."""
 
