@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 SUITES = {
     "local": "Experts of one device (top-k included, the router's GEMM not)",
     "block": "Hugging Face MoE block",
+    "traps": "Hugging Face MoE blocks run in costly ways",
     "model": "Hugging Face model, 6 layers",
     "ep": "Expert parallel layer, all-to-all, per GPU",
     "ep-hf": "Hugging Face expert parallel (mask and all-reduce), 4 layers",
@@ -324,9 +325,9 @@ def _number(value: float | None, none: str = "") -> str:
 
 
 def _case_order(case: str) -> tuple[Any, ...]:
-    """Sort by shape, then by size as a number, then by skew."""
-    suite, shape, size, *skew = case.split("/")
-    return suite, shape, *(int(part) for part in reversed(size.split("x"))), skew
+    """Sort by shape, then by size as a number, then by skew or way."""
+    suite, shape, size, *rest = case.split("/")
+    return suite, shape, *(int(part) for part in reversed(size.split("x"))), rest
 
 
 def draw_plot(suite: str, results: Results, targets: list[dict[str, Any]], path: Path) -> None:

@@ -64,6 +64,26 @@ def test_local_suite(tmp_path: Path) -> None:
     assert document["commit"]
 
 
+def test_suite_of_traps(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the blocks are those of transformers")
+    arguments = ("--suite", "traps", "--modes", "forward", "train")
+    document = run_tiny(tmp_path, *arguments, "--baselines", "eager", "comet")
+    cases = {row["case"] for row in document["rows"]}
+    assert cases == {
+        "traps/llama4-scout/48",
+        *(f"traps/qwen3-30b-a3b/48/{way}" for way in ("float32", "autocast")),
+        *(f"traps/qwen3-30b-a3b/{tokens}/batched_mm" for tokens in (1, 4, 16)),
+    }
+    for case in cases:
+        own = {"rows": [row for row in document["rows"] if row["case"] == case]}
+        forward, train = rows_of(own, "forward"), rows_of(own, "train")
+        assert set(forward) == {"eager", "comet"}
+        assert bool(train) == (not case.endswith("batched_mm"))
+        for row in train.values():
+            assert set(row["errors"]) == {"y", "d_x", "d_w_in", "d_w_out"}
+            assert case.endswith("float32") == (max(row["errors"].values()) < 1e-5)
+
+
 def test_expert_parallel_suite(tmp_path: Path) -> None:
     arguments = ("--suite", "ep", "--only", "qwen3-30b-a3b/8192/empty")
     document = run_tiny(tmp_path, *arguments, "--baselines", "eager", "comet", "gemms")

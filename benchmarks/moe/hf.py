@@ -59,14 +59,19 @@ def config(case: Case) -> Any:
     return transformers.AutoConfig.for_model(shape.family, **common, **own)
 
 
-def causal_lm(case: Case, device: torch.device) -> nn.Module:
-    """Return the model in bf16, with experts and routers scaled 1/sqrt(fan-in)."""
+def causal_lm(
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype = layers.DTYPE,
+    implementation: str = "grouped_mm",
+) -> nn.Module:
+    """Return the model, with experts and routers scaled 1/sqrt(fan-in)."""
     import transformers
 
     torch.manual_seed(0)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(
-            config(case), dtype=layers.DTYPE, experts_implementation="grouped_mm"
+            config(case), dtype=dtype, experts_implementation=implementation
         )
     blocks = moe_blocks(model)
     with torch.no_grad():

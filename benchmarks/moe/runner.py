@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,16 @@ def run_case(
     return rows
 
 
-def build(case: Case, device: torch.device, group: Any) -> list[Workload]:
+def build(case: Case, device: torch.device, group: Any) -> Iterable[Workload]:
     """Return the workloads of a case, one per mode."""
     # each suite imports what it needs: "local" runs without transformers
-    builder: Callable[..., list[Workload]]
+    builder: Callable[..., Iterable[Workload]]
     if case.suite == "local":
         from moe_bench.local import workloads as builder
     elif case.suite == "block":
         from moe_bench.hf import block_workloads as builder
+    elif case.suite == "traps":
+        from moe_bench.traps import workloads as builder
     elif case.suite == "model":
         from moe_bench.hf import model_workloads as builder
     elif case.suite == "ep":

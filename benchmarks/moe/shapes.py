@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-SUITES = ("local", "block", "model", "ep", "ep-hf")
+SUITES = ("local", "block", "traps", "model", "ep", "ep-hf")
 DISTRIBUTED = ("ep", "ep-hf")
 
 BASELINES = {
@@ -49,6 +49,7 @@ SHAPES = {
         Shape("deepseek-v3", 7168, 2048, 256, 8),
         Shape("phi-3.5-moe", 4096, 6400, 16, 2),
         Shape("qwen2-moe-a2.7b", 2048, 1408, 60, 4, "qwen2_moe"),
+        Shape("llama4-scout", 5120, 8192, 16, 1, "llama4_text"),
     )
 }
 
@@ -60,7 +61,7 @@ class Case:
     """One layer (or model) at one size; `modes` are timed on the same weights and inputs.
 
     `batch` x `seq` tokens per rank. `skew`: "" even random routing, "hot" one expert with 4 times
-    its share, "empty" the last rank has no token.
+    its share, "empty" the last rank has no token. `way`: how a block of "traps" is run.
     """
 
     suite: str
@@ -70,6 +71,7 @@ class Case:
     modes: tuple[str, ...] = ("forward",)
     skew: str = ""
     num_layers: int = 1
+    way: str = ""
 
     @property
     def tokens(self) -> int:
@@ -78,9 +80,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        """``local/qwen3-30b-a3b/4096``, with the batch where it is not one, and the skew."""
+        """``local/qwen3-30b-a3b/4096``, with the batch where it is not one, skew and way."""
         tokens = str(self.seq) if self.batch == 1 else f"{self.batch}x{self.seq}"
-        return "/".join([self.suite, self.shape.name, tokens] + ([self.skew] if self.skew else []))
+        parts = (self.suite, self.shape.name, tokens, self.skew, self.way)
+        return "/".join(part for part in parts if part)
 
     def tiny(self) -> Case:
         """Return the same case with sizes for a machine without a GPU."""
@@ -115,6 +118,12 @@ CASES: tuple[Case, ...] = (
     _case("block", "olmoe", 1, 4096),
     _case("block", "qwen3-30b-a3b", 64, 1),
     _case("block", "olmoe", 64, 1),
+    _case("traps", "qwen3-30b-a3b", 1, 4096, *_BOTH, way="float32"),
+    _case("traps", "qwen3-30b-a3b", 1, 4096, *_BOTH, way="autocast"),
+    _case("traps", "llama4-scout", 1, 4096, *_BOTH),
+    _case("traps", "qwen3-30b-a3b", 1, 1, way="batched_mm"),
+    _case("traps", "qwen3-30b-a3b", 1, 4, way="batched_mm"),
+    _case("traps", "qwen3-30b-a3b", 1, 16, way="batched_mm"),
     _case("model", "qwen3-30b-a3b", 1, 4096, *_BOTH, num_layers=6),
     _case("model", "olmoe", 1, 4096, *_BOTH, num_layers=6),
     _case("ep", "qwen3-30b-a3b", 1, 8192, *_BOTH),

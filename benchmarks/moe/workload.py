@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ class Workload:
     `functions` has a callable per baseline that is not made by compiling `layer`; `inputs` are
     handed to each unless `inputs_of` names others. `grad_out` ([T, H], or None for a scalar
     loss) starts the backward of mode "train", `leaves` receive gradients. `errors` compares
-    what a run returned, and the gradients that it left behind, with float32.
+    what a run returned, and the gradients that it left behind, with float32. Every forward, the
+    one that compiles included, is inside `context`. With `fullgraph`, what does not compile as one
+    graph fails.
     """
 
     case: Case
@@ -39,6 +43,8 @@ class Workload:
     flops: float = 0.0
     why_portable: Callable[[], str | None] | None = None
     host_splits: bool = False
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    fullgraph: bool = False
 
     @property
     def train(self) -> bool:
@@ -90,7 +96,8 @@ class Candidate:
         load = self.workload
         inputs = load.inputs_of.get(self.baseline, load.inputs)
         with variables(self.environ), torch.set_grad_enabled(load.train):
-            out = self.function(*inputs)
+            with load.context():
+                out = self.function(*inputs)
             if load.train:
                 out.backward(load.grad_of.get(self.baseline, load.grad_out))
         return out.detach()
@@ -137,20 +144,21 @@ def make_candidate(baseline: str, workload: Workload, ready: dict[str, Candidate
         return Candidate(baseline, workload, workload.functions[baseline])
     if baseline == "eager":
         return Candidate(baseline, workload, workload.layer)
+    compiled = functools.partial(torch.compile, workload.layer, fullgraph=workload.fullgraph)
     if baseline == "inductor":
-        return Candidate(baseline, workload, torch.compile(workload.layer, backend="inductor"))
+        return Candidate(baseline, workload, compiled(backend="inductor"))
     if baseline == "inductor-max-autotune":
         mode = "max-autotune-no-cudagraphs"
-        return Candidate(baseline, workload, torch.compile(workload.layer, mode=mode))
+        return Candidate(baseline, workload, compiled(mode=mode))
     if baseline == "comet-portable":
         # The path is chosen at run time, so one compilation serves both.
         if "comet" in ready:
             function, regions = ready["comet"].function, ready["comet"].regions
         else:
-            function, regions = torch.compile(workload.layer, backend="comet"), []
+            function, regions = compiled(backend="comet"), []
         environ = {"COMET_PORTABLE": "1"}
         return Candidate(baseline, workload, function, environ, regions)
-    return Candidate(baseline, workload, torch.compile(workload.layer, backend="comet"))
+    return Candidate(baseline, workload, compiled(backend="comet"))
 
 
 def _region(region: records.RegionRecord) -> dict[str, Any]:
