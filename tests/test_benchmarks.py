@@ -71,6 +71,7 @@ def test_suite_of_traps(tmp_path: Path) -> None:
     cases = {row["case"] for row in document["rows"]}
     assert cases == {
         "traps/llama4-scout/48",
+        "traps/mixtral-8x7b/48/modules",
         *(f"traps/qwen3-30b-a3b/48/{way}" for way in ("float32", "autocast")),
         *(f"traps/qwen3-30b-a3b/{tokens}/batched_mm" for tokens in (1, 4, 16)),
     }

@@ -121,6 +121,7 @@ CASES: tuple[Case, ...] = (
     _case("traps", "qwen3-30b-a3b", 1, 4096, *_BOTH, way="float32"),
     _case("traps", "qwen3-30b-a3b", 1, 4096, *_BOTH, way="autocast"),
     _case("traps", "llama4-scout", 1, 4096, *_BOTH),
+    _case("traps", "mixtral-8x7b", 1, 4096, *_BOTH, way="modules"),
     _case("traps", "qwen3-30b-a3b", 1, 1, way="batched_mm"),
     _case("traps", "qwen3-30b-a3b", 1, 4, way="batched_mm"),
     _case("traps", "qwen3-30b-a3b", 1, 16, way="batched_mm"),

@@ -4,6 +4,8 @@
   that reads offsets on the host and multiplies expert after expert. Before transformers 5.23 its
   backward does not compile under Inductor.
 - Llama 4: every expert multiplies every token, most of them scaled to zero.
+- A list of experts as modules, each of which multiplies every token: how most people write a layer
+  first, and what a compiler captures in one graph.
 - `batched_mm`: every row of a decoded token gets a copy of its expert's weights.
 
 Errors are those of the experts' products for the routing that eager finds.
@@ -53,7 +55,7 @@ def workloads(case: Case, device: torch.device) -> Iterator[Workload]:
     x_TH = x_TH.float() if wide else x_TH
     autocast = functools.partial(torch.autocast, device.type, layers.DTYPE)
     context = autocast if case.way == "autocast" else contextlib.nullcontext
-    build = _llama4 if case.shape.family == "llama4_text" else _qwen3
+    build = {"llama4_text": _llama4, "mixtral": _modules}.get(case.shape.family, _qwen3)
     with torch.no_grad(), context():
         block = build(case, x_TH)
     for mode in case.modes:
@@ -131,6 +133,57 @@ def _qwen3(case: Case, x_TH: Tensor) -> Block:
 
     def matrices(expert: int, read: Read) -> tuple[Tensor, Tensor]:
         return read(experts.gate_up_proj)[expert], read(experts.down_proj)[expert]
+
+    return Block(module, lambda x: module(x), ids, weights, router, matrices, "after")
+
+
+class _Expert(nn.Module):
+    def __init__(self, hidden: int, inter: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(hidden, inter, bias=False) for _ in range(2))
+        self.down = nn.Linear(inter, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class _Modules(nn.Module):
+    """[.., H] both ways, by a loop over all experts."""
+
+    def __init__(self, hidden: int, inter: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(hidden, num_experts, bias=False)
+        self.experts = nn.ModuleList(_Expert(hidden, inter) for _ in range(num_experts))
+        self.top_k = top_k
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = self.router(x).float().topk(self.top_k, dim=-1)
+        return values.softmax(-1), ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.route(x)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            weight = (weights * (ids == number)).sum(-1, keepdim=True).to(x.dtype)
+            y = y + expert(x) * weight
+        return y
+
+
+def _modules(case: Case, x_TH: Tensor) -> Block:
+    shape, device = case.shape, x_TH.device
+    with device:
+        module = _Modules(shape.hidden, shape.inter, shape.num_experts, shape.top_k).to(x_TH.dtype)
+    generator = layers.seeded(device, 60)
+    for parameter in module.parameters():
+        parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+    weights, ids = module.route(x_TH)
+
+    def router(x: Tensor, ids: Tensor) -> Tensor:
+        return F.linear(x, module.router.weight.float()).gather(1, ids).softmax(-1)
+
+    def matrices(expert: int, read: Read) -> tuple[Tensor, Tensor]:
+        own = module.experts[expert]
+        return torch.cat([read(own.gate.weight), read(own.up.weight)]), read(own.down.weight)
 
     return Block(module, lambda x: module(x), ids, weights, router, matrices, "after")
 

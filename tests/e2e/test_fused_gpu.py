@@ -12,7 +12,7 @@ from e2e import harness
 from numerics import assert_matches_ref
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from zoo import ep, hf, titan
+from zoo import all_experts, capacity, ep, hf, loops, titan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +40,44 @@ def test_training_runs_fused_both_ways(name: str) -> None:
     ref = gradients(wide, wide, hidden.float())
     with harness.fresh_compilation(codegen=True):
         got = gradients(model, torch.compile(model, backend="comet", fullgraph=True), hidden)
+        assert counters["comet"]["regions_fused"] == 1
+        assert counters["comet"]["regions_backward_fused"] == 1
+    assert set(got) == set(eager) == set(ref)
+    for what, value in got.items():
+        assert_matches_ref(value, ref[what].double(), eager[what], what=what)
+
+
+FORMS = {
+    "llama4": all_experts.AllExperts,
+    "weighted_after": all_experts.WeightedAfter,
+    "capacity": capacity.Capacity,
+    "one_hot": capacity.OneHot,
+    "loop": loops.Loop,
+    "loop_with_biases": loops.Biases,
+    "modules": loops.Modules,
+}
+
+
+def decided_tokens(layer: nn.Module, num_tokens: int) -> Tensor:
+    """Tokens whose experts no rounding changes."""
+    generator = torch.Generator().manual_seed(1)
+    router = layer.router.detach().float()
+    x = torch.randn(8 * num_tokens, router.shape[1], generator=generator).bfloat16()
+    logits = (x.float() @ router.T).sort(descending=True).values
+    is_clear = logits[:, layer.top_k - 1] - logits[:, layer.top_k] > 0.05
+    assert int(is_clear.sum()) >= num_tokens
+    return x[is_clear][:num_tokens].cuda()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_forms_run_fused_both_ways(name: str) -> None:
+    layer = FORMS[name](num_experts=8, top_k=2, hidden=128, inner=96)
+    x = decided_tokens(layer, 600)
+    layer = layer.cuda()
+    wide = copy.deepcopy(layer).float()
+    eager, ref = gradients(layer, layer, x), gradients(wide, wide, x.float())
+    with harness.fresh_compilation(codegen=True):
+        got = gradients(layer, torch.compile(layer, backend="comet", fullgraph=True), x)
         assert counters["comet"]["regions_fused"] == 1
         assert counters["comet"]["regions_backward_fused"] == 1
     assert set(got) == set(eager) == set(ref)

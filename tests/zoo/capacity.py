@@ -156,7 +156,7 @@ class OneHot(Capacity):
     def one_hot(self, weights_TA: Tensor, ids_TA: Tensor, capacity: int) -> Tensor:
         """The weight of each token in each place of each expert."""
         combine_TEC = weights_TA.new_zeros(len(ids_TA), self.num_experts, capacity)
-        before_E = torch.zeros(self.num_experts, dtype=torch.int64)
+        before_E = torch.zeros(self.num_experts, dtype=torch.int64, device=ids_TA.device)
         for choice in range(self.top_k):
             mask_TE = F.one_hot(ids_TA[:, choice], self.num_experts)
             place_TE = mask_TE.cumsum(0) - 1 + before_E
