@@ -1,9 +1,13 @@
-"""Grouped GEMM over rows sorted by expert: ``aten._grouped_mm`` where it is legal, else a loop.
+"""Grouped GEMM over rows sorted by expert: ``aten._grouped_mm`` where it is legal, kernels of our
+own for float32 on a GPU, else a loop.
 
 Legend: V rows sorted by expert, K contraction dim, N columns, L experts.
 """
 
 from __future__ import annotations
+
+import functools
+import os
 
 import torch
 from torch import Tensor
@@ -19,6 +23,10 @@ def grouped_mm(a_VK: Tensor, b_LKN: Tensor, slots: SortedSlots) -> Tensor:
     if num_rows == 0:
         return a_VK.new_empty(0, num_columns)
     a_VK = a_VK.contiguous()
+    if runs_float_kernels(a_VK.dtype, a_VK.device):
+        from comet_compile.kernels.grouped_float import multiply_rows
+
+        return multiply_rows(a_VK, b_LKN, slots.ends_L)
     if _is_legal(a_VK, b_LKN) and num_columns * a_VK.element_size() % _ALIGN_BYTES == 0:
         return torch.ops.aten._grouped_mm(a_VK, b_LKN, slots.ends_L)
     out_VN = a_VK.new_empty(num_rows, num_columns)
@@ -35,6 +43,11 @@ def grouped_mm_weight(a_VK: Tensor, b_VN: Tensor, slots: SortedSlots, like_LKN: 
     out_LKN = torch.empty_like(like_LKN)
     if slots.num_rows == 0:
         return out_LKN.zero_()
+    if runs_float_kernels(a_VK.dtype, a_VK.device):
+        from comet_compile.kernels.grouped_float import multiply_columns
+
+        multiply_columns(a_VK.contiguous(), b_VN.contiguous(), slots.ends_L, out_LKN)
+        return out_LKN
     # The product comes out row-major; for a transposed weight compute the transpose instead of
     # copying the largest tensor of the layer.
     if out_LKN.stride(1) == 1 and out_LKN.stride(2) != 1:
@@ -44,6 +57,39 @@ def grouped_mm_weight(a_VK: Tensor, b_VN: Tensor, slots: SortedSlots, like_LKN: 
     if product.stride() == out_LKN.stride():
         return product
     return out_LKN.copy_(product)
+
+
+def name_of(dtype: torch.dtype, device: torch.device) -> str:
+    """Return what multiplies rows of `dtype`, for reports."""
+    if is_grouped_dtype(dtype):
+        return "aten._grouped_mm"
+    return "grouped TF32" if runs_float_kernels(dtype, device) else "mm per expert"
+
+
+def reads_host(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the host must know each expert's rows to multiply them."""
+    return name_of(dtype, device) == "mm per expert"
+
+
+@functools.cache
+def _has_float_kernels(device: torch.device) -> bool:
+    try:
+        from comet_compile.kernels.grouped_float import why_not
+    except ImportError:  # Triton is not installed
+        return False
+    return why_not(device) is None
+
+
+def runs_float_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether rows of `dtype` are multiplied by kernels of `grouped_float`."""
+    if dtype != torch.float32 or device.type != "cuda" or is_portable_forced():
+        return False
+    return _has_float_kernels(device)
+
+
+def is_portable_forced() -> bool:
+    """Whether the user wants no kernels of ours."""
+    return os.environ.get("COMET_PORTABLE", "0") not in ("", "0")
 
 
 def is_grouped_dtype(dtype: torch.dtype) -> bool:

@@ -24,7 +24,7 @@ from comet_compile.kernels.experts import (
     Needs,
     weight_gradients,
 )
-from comet_compile.kernels.grouped import is_grouped_dtype
+from comet_compile.kernels.grouped import is_grouped_dtype, is_portable_forced, reads_host
 from comet_compile.kernels.path_calls import (
     add_up,
     fused,
@@ -71,9 +71,10 @@ def choose_path(
 
     `rows` is the most token rows that any rank receives.
     """
-    dtype, on_gpu = routed.x.dtype, routed.x.device.type == "cuda"
-    plan = portable.plan_for(form, rows=rows, hidden=params.w_in.shape[1], dtype=dtype)
-    loops = on_gpu and (form == "all_to_all" or not is_grouped_dtype(dtype))
+    dtype, device = routed.x.dtype, routed.x.device
+    hidden = params.w_in.shape[1]
+    plan = portable.plan_for(form, rows=rows, hidden=hidden, dtype=dtype, device=device)
+    loops = device.type == "cuda" and (form == "all_to_all" or reads_host(dtype, device))
     reason = why_portable(routed, params, math)
     if reason is None and form == "local":
         reason = _why_slower(params, math, routed, rows // routed.ids.shape[1])
@@ -104,7 +105,7 @@ def _on_one_machine() -> bool | None:
 
 def why_portable(routed: Routed, params: ExpertParams, math: LayerMath) -> str | None:
     """Return why the experts of this layer run the portable path, None if they run fused."""
-    if os.environ.get("COMET_PORTABLE", "0") not in ("", "0"):
+    if is_portable_forced():
         return "COMET_PORTABLE is set"
     if not runs_kernels(routed.x.device):
         return f"the tensors are on {routed.x.device.type}, the kernels run on NVIDIA GPUs"

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from comet_compile.kernels import grouped
 from comet_compile.kernels.exchange import (
     NUM_SLICES,
     Chunk,
@@ -42,7 +43,6 @@ from comet_compile.kernels.experts import (
     experts_backward,
     experts_forward,
 )
-from comet_compile.kernels.grouped import is_grouped_dtype
 from comet_compile.kernels.routing import SortedSlots, sort_slots, sum_by_token
 
 
@@ -55,7 +55,9 @@ class Routed:
     weights: Tensor | None  # [T, A]
 
 
-def plan_for(form: str, *, rows: int, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
+def plan_for(
+    form: str, *, rows: int, hidden: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """Return how the portable path runs a layer, as plain data for reports.
 
     `rows` is the most token rows that any rank receives (T of the local forms).
@@ -63,7 +65,7 @@ def plan_for(form: str, *, rows: int, hidden: int, dtype: torch.dtype) -> dict[s
     plan: dict[str, Any] = {
         "path": "portable",
         "form": form,
-        "gemm": "aten._grouped_mm" if is_grouped_dtype(dtype) else "mm per expert",
+        "gemm": grouped.name_of(dtype, device),
     }
     if form == "all_to_all":
         plan["num_chunks"] = choose_num_chunks(rows * hidden * dtype.itemsize)

@@ -37,6 +37,7 @@ from comet_compile.kernels import (
     fused,
     fused_backward,
     fused_replicated,
+    grouped_float,
 )
 from comet_compile.kernels.experts import Matrices, Needs
 from comet_compile.kernels.fused_exchange import BackwardCall
@@ -385,6 +386,24 @@ def test_all_reduce_compiles_without_a_spill(
     assert compiled
     ceiling = ALL_REDUCE_REGISTERS[capability, name, num_tokens]
     assert_within(compiled, capability, {"gemm_all_reduce": ceiling}, {})
+
+
+@pytest.mark.parametrize(("capability", "tile"), [(80, 64), (90, 128), (100, 64)])
+def test_float_products_compile_without_a_spill(
+    capability: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_float, "largest_tile", lambda device: tile)
+    rows = empty(32768, 2048, dtype=torch.float32)
+    stack = empty(16, 2048, 1536, dtype=torch.float32)
+    ends = torch.zeros(16, dtype=torch.int32)
+    with compiling_for(capability) as kernels:
+        for matrices in (stack, stack.transpose(1, 2).contiguous().transpose(1, 2)):
+            grouped_float.multiply_rows(rows, matrices, ends)
+            others = empty(32768, 1536, dtype=torch.float32)
+            grouped_float.multiply_columns(rows, others, ends, matrices)
+    assert len(kernels) == 4
+    for kernel in kernels:
+        assert kernel.spilled_bytes == 0, kernel
 
 
 def test_targets_do_not_share_kernels() -> None:

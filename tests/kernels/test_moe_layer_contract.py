@@ -162,7 +162,10 @@ def test_needs_of_wrong_length() -> None:
 
 @pytest.mark.parametrize(("rows", "num_chunks"), [(0, 1), (8191, 1), (16384, 4), (10**6, 8)])
 def test_plan_chunks_grow_with_what_is_moved(rows: int, num_chunks: int) -> None:
-    plan = plan_for("all_to_all", rows=rows, hidden=2048, dtype=torch.bfloat16)
+    sizes = {"rows": rows, "hidden": 2048, "device": torch.device("cpu")}
+    plan = plan_for("all_to_all", dtype=torch.bfloat16, **sizes)
     assert plan["num_chunks"] == num_chunks
     assert plan["gemm"] == "aten._grouped_mm"
-    assert "num_chunks" not in plan_for("local", rows=rows, hidden=2048, dtype=torch.float32)
+    local = plan_for("local", dtype=torch.float32, **sizes)
+    assert "num_chunks" not in local
+    assert local["gemm"] == "mm per expert"
