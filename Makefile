@@ -54,7 +54,7 @@ cross-compile: $(READY) ## Compile the kernels for GPUs that are not here, with 
 	  $(PY) -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
 	  $(PY) -m pytest $(WORKERS) tests/kernels/test_cross_compile.py $(PYTEST_ARGS)
 
-fuzz: $(READY) ## Judge FUZZ random layers and as many near-misses (default 10000)
+fuzz: $(READY) ## Judge FUZZ random layers and as many near-misses (default 10000) in FUZZ_WORKERS processes
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $${FUZZ:-10000}
 
 models: $(READY) ## Write benchmarks/results/models.md for the installed transformers

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import fuzz
 import pytest
-from zoo import composed
+from zoo import recipes
 
 from comet_compile.passes import find
 
-CHUNKS = [range(start, start + 50) for start in range(0, 300, 50)]
+CORRECT, DEFECT = (fuzz.graphs(range(300), defect=defect) for defect in (False, True))
+PARTS = range(6)
 
 
-@pytest.mark.parametrize("seeds", CHUNKS, ids=str)
-def test_correct_layers_are_rewritten_to_the_same(seeds: range) -> None:
-    tally = fuzz.run(fuzz.groups(seeds), defect=False)
+def is_left_alone(recipe: recipes.Recipe) -> bool:
+    """Whether the pass is known to refuse a layer, though it is correct."""
+    gathered = recipe.scores == "gathered" and recipe.place != "none"
+    return recipe.layout == "capacity" and (gathered or recipe.way == "written by slot")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_correct_layers_are_rewritten_to_the_same(part: int) -> None:
+    graphs = CORRECT[part :: len(PARTS)]
+    tally = fuzz.run(graphs)
     assert not tally.bugs, tally
-    assert tally.outcomes["rewritten"] >= 0.95 * len(seeds), tally
+    drawn = [recipes.draw(seed) for graph in graphs for seed in graph.seeds]
+    expected = sum(not is_left_alone(recipe) for recipe in drawn)
+    assert tally.of()["rewritten"] >= 0.95 * expected, tally
 
 
-@pytest.mark.parametrize("seeds", CHUNKS, ids=str)
-def test_near_misses_are_refused(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_near_misses_are_refused(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # the first cuts of a region are the likely ones; `make fuzz` tries all
     monkeypatch.setattr(find, "_MAX_CANDIDATES", 5)
-    tally = fuzz.run(fuzz.groups(seeds), defect=True)
+    tally = fuzz.run(DEFECT[part :: len(PARTS)])
     assert not tally.bugs, tally
-    assert tally.outcomes["rewritten"] == 0, tally
+    assert tally.of()["rewritten"] == 0, tally
 
 
 def test_every_step_and_defect_is_drawn() -> None:
-    recipes = [composed.draw(seed, defect=True) for seed in range(300)]
-    assert {recipe.defect for recipe in recipes} == set(composed.DEFECTS)
-    for field, ways in (("scores", 6), ("counts", 5), ("order", 3), ("gather", 7), ("pairing", 5),
-                        ("activation", 6), ("place", 4), ("combine", 5)):  # fmt: skip
-        assert len({getattr(recipe, field) for recipe in recipes}) == ways, field
+    drawn = [recipes.draw(seed, defect=True) for seed in range(300)]
+    assert {recipe.defect for recipe in drawn} == recipes.DEFECTS
+    for field, ways in (("layout", 4), ("way", 11), ("scores", 6), ("counts", 5), ("order", 3),
+                        ("gather", 7), ("pairing", 5), ("activation", 6), ("place", 4),
+                        ("combine", 5)):  # fmt: skip
+        assert len({getattr(recipe, field) for recipe in drawn}) == ways, field
