@@ -29,9 +29,8 @@ def multiply_rows(a_VK: Tensor, b_LKN: Tensor, ends_L: Tensor) -> Tensor:
     num_rows, k = a_VK.shape
     num_experts, _, n = b_LKN.shape
     out_VN = a_VK.new_empty(num_rows, n)
-    largest = largest_tile(a_VK.device)
-    block_m = min(largest, max(16, power_of_2(div_up(num_rows, num_experts))))
-    block_n = largest if block_m >= 64 else 64
+    rows_each = power_of_2(div_up(num_rows, num_experts))
+    block_m, block_n = min(largest_tile(a_VK.device), max(16, rows_each)), 64
     num_n = div_up(n, block_n)
     # every expert may have one tile that is not full
     num_tiles = num_rows // block_m + min(num_experts, num_rows)
@@ -52,7 +51,7 @@ def multiply_rows(a_VK: Tensor, b_LKN: Tensor, ends_L: Tensor) -> Tensor:
         BK=32,
         EXPERTS=power_of_2(num_experts),
         PRECISION=_precision(),
-        num_warps=8 if block_m == 128 else 4,
+        num_warps=4,
         num_stages=3,
     )
     return out_VN
@@ -61,8 +60,7 @@ def multiply_rows(a_VK: Tensor, b_LKN: Tensor, ends_L: Tensor) -> Tensor:
 def multiply_columns(a_VK: Tensor, b_VN: Tensor, ends_L: Tensor, out_LKN: Tensor) -> None:
     """Fill `out_LKN` [L, K, N], of any strides, with ``a[rows].T @ b[rows]`` for each expert."""
     num_experts, k, n = out_LKN.shape
-    largest = largest_tile(a_VK.device)
-    block_k, block_n = (min(largest, max(16, power_of_2(size))) for size in (k, n))
+    block_k, block_n = min(largest_tile(a_VK.device), max(16, power_of_2(k))), 64
     launch(
         multiply_columns_kernel,
         full_grid(div_up(k, block_k) * div_up(n, block_n), num_experts),
@@ -79,7 +77,7 @@ def multiply_columns(a_VK: Tensor, b_VN: Tensor, ends_L: Tensor, out_LKN: Tensor
         BN=block_n,
         BR=32,
         PRECISION=_precision(),
-        num_warps=8 if block_k * block_n == 128 * 128 else 4,
+        num_warps=4,
         num_stages=3,
     )
 
@@ -93,7 +91,7 @@ def why_not(device: torch.device) -> str | None:
 
 @functools.cache
 def largest_tile(device: torch.device) -> int:
-    """Return the rows and columns of a full tile.
+    """Return the rows of a full tile, which has 64 columns.
 
     Only Hopper's products read both factors from shared memory; elsewhere their parts take the
     registers that larger tiles need.

@@ -29,10 +29,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
 
-_MOVES = {
-    aten.index,
-    aten.index_select,
-    aten.gather,
+_SHAPES = {
     aten.view,
     aten.reshape,
     aten.expand,
@@ -40,6 +37,12 @@ _MOVES = {
     aten.permute,
     aten.unsqueeze,
     aten.squeeze,
+}
+
+_MOVES = _SHAPES | {
+    aten.index,
+    aten.index_select,
+    aten.gather,
     aten.slice,
     aten.select,
     aten.split,
@@ -102,7 +105,7 @@ def _main_source(node: fx.Node) -> fx.Node | None:
         return rows[0] if len(rows) == 1 else None
     if packet is aten.mul:
         return _scaled_rows(node)
-    if packet is aten.bmm:
+    if packet in (aten.bmm, aten.mm):
         return _picked_rows(node)
     return None
 
@@ -110,7 +113,16 @@ def _main_source(node: fx.Node) -> fx.Node | None:
 def _picked_rows(node: fx.Node) -> fx.Node | None:
     """The rows that a one-hot matrix picks from: an einsum over tokens."""
     picks, rows = node.args
-    return rows if _is_one(val(node).shape[0]) and stored(picks) is None else None
+    is_one = val(node).ndim == 2 or _is_one(val(node).shape[0])
+    return rows if is_one and _is_one_hot(picks) else None
+
+
+def _is_one_hot(node: fx.Node) -> bool:
+    """Whether `node` may be bools, or integers, as numbers to multiply with."""
+    while getattr(node.target, "overloadpacket", None) in _SHAPES:
+        node = node.args[0]
+    is_cast = node.target is prims.convert_element_type.default
+    return is_cast and not val(node.args[0]).is_floating_point()
 
 
 def _scaled_rows(node: fx.Node) -> fx.Node | None:
@@ -136,6 +148,7 @@ _COMBINES = _MOVES | {
     aten.add,
     aten.cat,
     aten.bmm,
+    aten.mm,
     c10d.all_reduce,
     c10d.reduce_scatter_tensor,
 }
@@ -154,6 +167,8 @@ def output_chain(
         users = _forward_users(node, backward)
         if users is None or len(users) != 1 or not _combines(users[0]):
             break
+        if users[0].target is aten.mm.default and users[0].args[1] is not node:
+            break  # a projection behind the layer
         if users[0].target is aten.add.Tensor and not _adds_bias(users[0], node, pair):
             break
         node = users[0]

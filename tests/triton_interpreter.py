@@ -90,6 +90,21 @@ def hasten() -> None:
 
 
 @contextlib.contextmanager
+def _language_as_it_was() -> Iterator[None]:
+    """Undo what the interpreter makes of Triton's language: where a kernel calls a function of the
+    language's own, as a sum, it does not, and nothing could be compiled afterwards."""
+    changed = (tl, tl.core, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [dict(vars(language)) for language in changed]
+    try:
+        yield
+    finally:
+        for language, attributes in zip(changed, before, strict=True):
+            for name, value in attributes.items():
+                if vars(language).get(name) is not value:
+                    setattr(language, name, value)
+
+
+@contextlib.contextmanager
 def interpreting() -> Iterator[None]:
     """Interpret every kernel of the package that is launched inside."""
     hasten()
@@ -104,7 +119,7 @@ def interpreting() -> Iterator[None]:
                     twin = twins.setdefault(id(value), _Twin(value.fn))
                     changed.append((module, attribute, value))
                     setattr(module, attribute, twin)
-        with triton.knobs.runtime.scope():
+        with triton.knobs.runtime.scope(), _language_as_it_was():
             triton.knobs.runtime.interpret = True
             yield
     finally:

@@ -180,6 +180,19 @@ class OneHotOneChoice(OneHot, OneChoice):
     """Switch Transformer's: every token at one expert."""
 
 
+class OneHotMatrices(OneHot):
+    """Dispatched and combined by products of matrices, as einsum is compiled for GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights_TA, ids_TA = torch.topk((x @ self.router.T).float().softmax(-1), self.top_k, dim=1)
+        combine_TEC = self.one_hot(weights_TA, ids_TA, self.capacity(x.shape[0]))
+        combine_TS = combine_TEC.flatten(1)
+        rows_ECH = (self.dispatched(combine_TS).to(x.dtype).T @ x).view(
+            self.num_experts, -1, x.shape[1]
+        )
+        return combine_TS.to(x.dtype) @ self.experts(rows_ECH).flatten(0, 1)
+
+
 class OneHotLoop(OneHot, LoopOverExperts):
     """The einsums around a product per expert."""
 
@@ -252,6 +265,7 @@ REWRITTEN: dict[str, Callable[..., Capacity]] = {
     "one_hot": OneHot,
     "one_hot_one_choice": OneHotOneChoice,
     "one_hot_loop": OneHotLoop,
+    "one_hot_matrices": OneHotMatrices,
 }
 REFUSED: dict[str, Callable[..., Capacity]] = {
     "nothing_dropped": NothingDropped,
