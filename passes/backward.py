@@ -38,6 +38,7 @@ from comet_compile.passes.memo import Terms, region_key, roles_of
 from comet_compile.passes.probe import Probe, Untracked, Value, make, restrict
 from comet_compile.passes.prove import Layer
 from comet_compile.passes.reasons import Rejection, RejectReason
+from comet_compile.passes.row_chains import SHAPES
 from comet_compile.passes.simulate import Failed, Ranked, leading_to, run
 
 aten = torch.ops.aten
@@ -109,15 +110,17 @@ def _core(layer: Layer, backward: set[fx.Node]) -> set[fx.Node]:
 
 
 def _views(layer: Layer, nodes: set[fx.Node], backward: set[fx.Node]) -> set[fx.Node]:
-    """Transposed operands that autograd has made of `nodes`, outside region and backward."""
-    return {
-        user
-        for node in nodes
-        for user in node.users
-        if user.target is aten.permute.default
-        and user not in backward
-        and user not in layer.candidate.nodes
-    }
+    """What `nodes` are seen as by the backward, transposed for example: views outside of both."""
+    inside = set(layer.candidate.nodes)
+    found: set[fx.Node] = set()
+    seen = list(nodes)
+    while seen:
+        for user in seen.pop().users:
+            is_view = getattr(user.target, "overloadpacket", None) in SHAPES
+            if is_view and user not in found | backward | inside:
+                found.add(user)
+                seen.append(user)
+    return found
 
 
 def _incoming(

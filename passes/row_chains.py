@@ -29,7 +29,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
 
-_SHAPES = {
+SHAPES = {
     aten.view,
     aten.reshape,
     aten.expand,
@@ -39,7 +39,7 @@ _SHAPES = {
     aten.squeeze,
 }
 
-_MOVES = _SHAPES | {
+_MOVES = SHAPES | {
     aten.index,
     aten.index_select,
     aten.gather,
@@ -119,7 +119,7 @@ def _picked_rows(node: fx.Node) -> fx.Node | None:
 
 def _is_one_hot(node: fx.Node) -> bool:
     """Whether `node` may be bools, or integers, as numbers to multiply with."""
-    while getattr(node.target, "overloadpacket", None) in _SHAPES:
+    while getattr(node.target, "overloadpacket", None) in SHAPES:
         node = node.args[0]
     is_cast = node.target is prims.convert_element_type.default
     return is_cast and not val(node.args[0]).is_floating_point()

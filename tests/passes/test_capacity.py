@@ -7,6 +7,7 @@ import lockstep
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._inductor.fx_passes import joint_graph
 from zoo import all_experts, capacity
 
 from comet_compile import records
@@ -67,6 +68,19 @@ def test_refused(name: str, train: bool) -> None:
     reason = "no_tokens" if name == "one_hot_weighted" else "not_equivalent"
     assert counts == {"regions_found": 1, "regions_rejected": 1, f"rejected.{reason}": 1}
     assert joint_graphs.listing(graph) == before
+
+
+@in_both_modes
+@pytest.mark.parametrize("name", ["one_hot", "one_hot_loop"])
+def test_products_of_one_matrix(name: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs Inductor makes products of matrices of einsum's batches of one."""
+    monkeypatch.setattr(joint_graph, "get_gpu_type", lambda: "cpu")
+    graph = joint_graphs.capture(capacity.REWRITTEN[name](), tokens(), train=train)
+    assert all(n.meta["val"].shape[0] != 1 for n in joint_graphs.nodes_of(graph, aten.bmm.default))
+    rewritten = joint_graphs.clone(graph)
+    counts = joint_graphs.run_pass(rewritten)
+    assert joint_graphs.num_rewritten(counts) == 1
+    assert_same(graph, rewritten)
 
 
 def test_compiled() -> None:
