@@ -135,11 +135,14 @@ def _cuts(
     for ids in (n for n in slots if is_integer(n)):
         # weights that follow from the ids were permuted by them: no longer one per slot
         permuted = dependents([ids], reversed(latest))
+        looked_up = _looked_up(ids, permuted)
         # scores that the ids were chosen from are no weights either: a cut there hides the router
         chosen_from = ancestors([ids], stop=lambda n: n not in within)
         for weights in choices:
             if weights is not None and (
-                slots[weights] != slots[ids] or weights in permuted or weights in chosen_from
+                slots[weights] != slots[ids]
+                or weights in permuted - looked_up
+                or weights in chosen_from
             ):
                 continue
             cut = stops | {ids} | ({weights} if weights is not None else set())
@@ -178,6 +181,24 @@ def _cuts(
             if stops | {node} <= closed.nodes:
                 nodes = tuple(sorted(closed.nodes, key=order.__getitem__))
                 yield Candidate(pair, x, ids, node, y, closed.biases, nodes, slots[ids], scores)
+
+
+def _looked_up(ids: fx.Node, permuted: set[fx.Node]) -> set[fx.Node]:
+    """Numbers looked up by the ids, and scaled: one per slot, as the ids are."""
+    found: set[fx.Node] = set()
+    reached = [n for n in ids.users if n.target is aten.gather.default and n.args[2] is ids]
+    while reached:
+        node = reached.pop()
+        if node in permuted and node not in found and val(node).shape == val(ids).shape:
+            found.add(node)
+            reached += [user for user in node.users if _is_pointwise(user)]
+    return found
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    is_op = isinstance(node.target, torch._ops.OpOverload)
+    is_cast = node.target is torch.ops.prims.convert_element_type.default
+    return is_cast or (is_op and torch.Tag.pointwise in node.target.tags)
 
 
 def _reach(pair: ExpertPair) -> int:

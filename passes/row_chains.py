@@ -57,6 +57,16 @@ _MOVES = SHAPES | {
 }
 
 
+# what writes rows into others, and which operand they are
+_WRITES = {
+    aten.index_put: 2,
+    aten.index_copy: 3,
+    aten.index_add: 3,
+    aten.scatter: 3,
+    aten.scatter_add: 3,
+}
+
+
 def _is_constant(node: Any) -> bool:
     return isinstance(node, fx.Node) and not node.all_input_nodes and node.op == "call_function"
 
@@ -105,6 +115,8 @@ def _main_source(node: fx.Node) -> fx.Node | None:
         return rows[0] if len(rows) == 1 else None
     if packet is aten.mul:
         return _scaled_rows(node)
+    if packet in _WRITES:
+        return node.args[_WRITES[packet]]
     if packet in (aten.bmm, aten.mm):
         return _picked_rows(node)
     return None

@@ -12,20 +12,13 @@ CORRECT, DEFECT = (fuzz.graphs(range(300), defect=defect) for defect in (False, 
 PARTS = range(6)
 
 
-def is_left_alone(recipe: recipes.Recipe) -> bool:
-    """Whether the pass is known to refuse a layer, though it is correct."""
-    gathered = recipe.scores == "gathered" and recipe.place != "none"
-    return recipe.layout == "capacity" and (gathered or recipe.way == "written by slot")
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_correct_layers_are_rewritten_to_the_same(part: int) -> None:
     graphs = CORRECT[part :: len(PARTS)]
     tally = fuzz.run(graphs)
     assert not tally.bugs, tally
-    drawn = [recipes.draw(seed) for graph in graphs for seed in graph.seeds]
-    expected = sum(not is_left_alone(recipe) for recipe in drawn)
-    assert tally.of()["rewritten"] >= 0.95 * expected, tally
+    num_layers = sum(len(graph.seeds) for graph in graphs)
+    assert tally.of()["rewritten"] >= 0.95 * num_layers, tally
 
 
 @pytest.mark.parametrize("part", PARTS)

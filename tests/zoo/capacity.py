@@ -30,8 +30,7 @@ class Capacity(AllExperts):
         return max(2, self.eighths * num_tokens * self.top_k // (8 * self.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        weights_TA, ids_TA = torch.topk((x @ self.router.T).float().softmax(-1), self.top_k, dim=1)
-        weights_TA = weights_TA.to(x.dtype)
+        weights_TA, ids_TA = self.route(x)
         num_tokens = x.shape[0]
         capacity = self.capacity(num_tokens)
         ids_S = (ids_TA.t() if self.choices_first else ids_TA).reshape(-1)
@@ -46,6 +45,10 @@ class Capacity(AllExperts):
         rows_ECH = self.dispatch(x, token_S, slot_S, capacity)
         out_ECH = self.experts(rows_ECH)
         return self.combine(out_ECH, slot_S, kept_S, weights_TA).to(x.dtype)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights_TA, ids_TA = torch.topk((x @ self.router.T).float().softmax(-1), self.top_k, dim=1)
+        return weights_TA.to(x.dtype), ids_TA
 
     def places(self, ids_S: Tensor, weights_TA: Tensor) -> Tensor:
         """Return the place of each slot among those of its expert."""
@@ -131,6 +134,25 @@ class GateAndUpApart(Capacity):
     def experts(self, rows_ECH: Tensor) -> Tensor:
         gate, up = torch.bmm(rows_ECH, self.w_gate_EHI), torch.bmm(rows_ECH, self.w_up_EHI)
         return torch.bmm(F.silu(gate) * up, self.w_out_EIH)
+
+
+class LooksWeightsUp(Capacity):
+    """As DeepSeek's routers: ids of some scores, weights looked up in others."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TE = (x @ self.router.T).float()
+        ids_TA = torch.topk(logits_TE, self.top_k, dim=1, sorted=False).indices
+        weights_TA = logits_TE.sigmoid().gather(1, ids_TA)
+        return (weights_TA * 2.5).to(x.dtype), ids_TA
+
+
+class WritesRows(Capacity):
+    """Tokens are written to their places, those without one behind all others."""
+
+    def dispatch(self, x: Tensor, token_S: Tensor, slot_S: Tensor, capacity: int) -> Tensor:
+        rows = x.new_zeros(self.num_experts * capacity + 1, x.shape[1])
+        rows = rows.index_put((slot_S,), x[token_S])[:-1]
+        return rows.view(self.num_experts, capacity, -1)
 
 
 class LoopOverExperts(Capacity):
@@ -261,6 +283,8 @@ REWRITTEN: dict[str, Callable[..., Capacity]] = {
     "heaviest_first": HeaviestFirst,
     "masked_weights": MaskedWeights,
     "gate_and_up_apart": GateAndUpApart,
+    "looks_weights_up": LooksWeightsUp,
+    "writes_rows": WritesRows,
     "loop": LoopOverExperts,
     "one_hot": OneHot,
     "one_hot_one_choice": OneHotOneChoice,
