@@ -18,9 +18,10 @@ import math
 import pkgutil
 import sys
 import time
+import types
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,25 +30,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
-
-
-class _Twin(InterpretedFunction):
-    """A kernel or device function that patches Triton's library once per launch and module.
-
-    Triton's own does so for each call of a device function, in a quarter of the time of a test.
-    """
-
-    _patched: ClassVar[set[str]] = set()
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        self._patched.clear()
-        return super().run(*args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__ in self._patched:
-            return self.rewrite()(*args, **kwargs)
-        self._patched.add(self.fn.__module__)
-        return super().__call__(*args, **kwargs)
 
 
 def _reduce(self: interpreter.ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
@@ -126,25 +108,27 @@ def hasten() -> None:
 
 
 @contextlib.contextmanager
-def _language_as_it_was() -> Iterator[None]:
-    """Undo what the interpreter makes of Triton's language: where a kernel calls a function of the
-    language's own, as a sum, it does not, and nothing could be compiled afterwards."""
-    changed = (tl, tl.core, tl.tensor, tl.core.tensor_descriptor_base)
-    before = [dict(vars(language)) for language in changed]
+def _language_for_numbers() -> Iterator[None]:
+    """Let Triton's language compute inside, where it describes what to compile otherwise.
+
+    Triton changes it anew for each launch and each call of a device function, in a third of the
+    time of a test, and changes back only some of it: nothing could be compiled afterwards.
+    """
+    change = interpreter._patch_lang
+    changes = change(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
     try:
         yield
     finally:
-        for language, attributes in zip(changed, before, strict=True):
-            for name, value in attributes.items():
-                if vars(language).get(name) is not value:
-                    setattr(language, name, value)
+        interpreter._patch_lang = change
+        changes.restore()
 
 
 @contextlib.contextmanager
 def interpreting() -> Iterator[None]:
     """Interpret every kernel of the package that is launched inside."""
     hasten()
-    twins: dict[int, _Twin] = {}  # by id: the hash of a kernel is that of its source
+    twins: dict[int, InterpretedFunction] = {}  # by id: the hash of a kernel is that of its source
     changed: list[tuple[ModuleType, str, JITFunction]] = []
     try:
         for name, module in list(sys.modules.items()):
@@ -152,10 +136,10 @@ def interpreting() -> Iterator[None]:
                 continue
             for attribute, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
-                    twin = twins.setdefault(id(value), _Twin(value.fn))
+                    twin = twins.setdefault(id(value), InterpretedFunction(value.fn))
                     changed.append((module, attribute, value))
                     setattr(module, attribute, twin)
-        with triton.knobs.runtime.scope(), _language_as_it_was():
+        with triton.knobs.runtime.scope(), _language_for_numbers():
             triton.knobs.runtime.interpret = True
             yield
     finally:
