@@ -44,10 +44,8 @@ def moe_layer_ref(
     x_TH = x.to(dtype)
     weights_TA = None if weights is None else weights.to(dtype)
     y_TH = torch.zeros_like(x_TH)
-    for expert in range(w_in.shape[0]):
+    for expert in sorted({*ids.flatten().tolist()} & {*range(w_in.shape[0])}):
         token_R, slot_R = torch.nonzero(ids == expert, as_tuple=True)
-        if token_R.numel() == 0:
-            continue
         scale_R1 = 1.0 if weights_TA is None else weights_TA[token_R, slot_R].unsqueeze(1)
 
         row_RH = x_TH[token_R]

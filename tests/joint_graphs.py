@@ -170,7 +170,17 @@ def is_rewritten(counts: dict[str, int]) -> bool:
 
 def listing(graph: fx.Graph) -> list[str]:
     """Return one line per node with everything that a rewrite could change."""
-    return [f"{node.format_node()} {node.kwargs} {node.meta.get('val')}" for node in graph.nodes]
+    return [
+        f"{node.format_node()} {node.kwargs} {_described(node.meta.get('val'))}"
+        for node in graph.nodes
+    ]
+
+
+def _described(value: Any) -> Any:
+    """Return a value to print; a fake tensor takes longer to print than a node to run."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.stride()
+    return [_described(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def targets(graph: fx.Graph) -> list[str]:
