@@ -7,7 +7,6 @@ one function are forked from a process that has imported already, unless they ar
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import io
 import os
@@ -204,10 +203,11 @@ def _rank_main(
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         raise SystemExit(0) from None
-    gc.unfreeze()  # what is still frozen at exit, nanobind calls leaked
     results.close()
     results.join_thread()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # it would take Python a second to put away all modules
 
 
 def _next(commands: Any) -> Any:

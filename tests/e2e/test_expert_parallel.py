@@ -103,15 +103,22 @@ def _token_counts(rank: int, world_size: int) -> None:
     harness.assert_rewritten(outcome, 1, train=True)
 
 
-@pytest.mark.parametrize("few", [0, 1, 2])
-@pytest.mark.parametrize("train", [False, True])
+# by default each number in one mode: 0 and 1 in the one that compiles both directions
+FEW_TOKENS = [
+    pytest.param(few, train, marks=[] if train == (few < 2) else [pytest.mark.slow])
+    for few in (0, 1, 2)
+    for train in (False, True)
+]
+
+
+@pytest.mark.parametrize(("few", "train"), FEW_TOKENS)
 def test_one_rank_has_few_tokens(few: int, train: bool, pair: RankPool) -> None:
     # sizes 0 and 1 get graphs of their own on one rank only; were such a graph refused, its rank
     # would wait in a collective that the others never call
     pair.run(_few_tokens, [[10, 10], [few, 8]], train, True)
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_rank_starts_with_no_token(train: bool, pair: RankPool) -> None:
     pair.run(_few_tokens, [[0, 10], [6, 0], [0, 0]], train, None)
 
