@@ -35,13 +35,16 @@ READY := $(VENV)/.ready
 PY := $(abspath $(VENV))/bin/python
 endif
 
-.PHONY: help demo test cross-compile fuzz models sanitize coverage browser lint format types wheel package clean current-env
+.PHONY: help demo env test cross-compile fuzz models sanitize coverage browser lint format types wheel package clean current-env
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(READY) ## Train three small MoE models, eager beside comet, and print what was rewritten
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) examples/quickstart.py
+
+env: $(READY) ## Make the virtual environment that the other targets use
+	@:
 
 test: $(READY) ## Run the CPU test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "not gpu and not multigpu" $(PYTEST_ARGS)
