@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from zoo import ep, near_misses
+from zoo import ep, loops, near_misses
 from zoo.textbook import FuncolMoE
 from zoo.titan import TitanMoE
 
@@ -185,7 +185,13 @@ def unbacked_rows() -> fx.Graph:
 
 ROUTING = (torch.arange(12), torch.arange(3, 13, 3, dtype=torch.int32))
 
+
 # (reason, graph, options of the pass)
+def modules_with_own_rows() -> fx.Graph:
+    x = torch.randn(6, loops.HIDDEN).bfloat16()
+    return joint_graphs.capture(loops.ModulesOwnRows(), x, train=False)
+
+
 LOCAL: list[tuple[RejectReason, str, Build, dict]] = [
     (R.UNPAIRED_GEMM, "first_gemm_only", local(near_misses.FirstGemmOnly), {}),
     (R.UNPAIRED_GEMM, "training", local(near_misses.FirstGemmOnly, train=True), {}),
@@ -193,6 +199,7 @@ LOCAL: list[tuple[RejectReason, str, Build, dict]] = [
     (R.NO_EXPERT_IDS, "routed_elsewhere", local(RoutedElsewhere, tokens(), *ROUTING), {}),
     (R.NO_OUTPUT, "opaque_combine", local(OpaqueCombine), {}),
     (R.UNSUPPORTED_OP, "opaque_sort", local(OpaqueSort), {}),
+    (R.SEPARATE_EXPERTS, "own_rows", modules_with_own_rows, {}),
     (R.UNSUPPORTED_OP, "training", local(OpaqueSort, train=True), {}),
     (
         R.UNSUPPORTED_DTYPE,
