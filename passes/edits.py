@@ -15,7 +15,7 @@ class Edits:
 
     def __init__(self) -> None:
         self._added: list[fx.Node] = []
-        self._redirected: list[tuple[fx.Node, tuple[Any, ...]]] = []
+        self._redirected: list[tuple[fx.Node, fx.Node, fx.Node]] = []
 
     def __bool__(self) -> bool:
         return bool(self._redirected)
@@ -28,13 +28,14 @@ class Edits:
         return node
 
     def redirect(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        """Have `user` read `new` where it reads `old`."""
-        self._redirected.append((user, user.args))
-        user.replace_input_with(old, new)
+        """Have `user` read `new` where it reads `old`; not one that reads `new` already."""
+        if new not in user.all_input_nodes:  # else the two could not be told apart again
+            user.replace_input_with(old, new)
+            self._redirected.append((user, old, new))
 
     def undo(self) -> None:
-        """Take everything back."""
-        for user, args in reversed(self._redirected):
-            user.args = args
+        """Take everything back, whatever others have changed in the same users since."""
+        for user, old, new in reversed(self._redirected):
+            user.replace_input_with(new, old)
         for node in reversed(self._added):
             node.graph.erase_node(node)

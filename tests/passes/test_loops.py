@@ -138,6 +138,25 @@ def test_no_experts(train: bool) -> None:
 
 
 @in_both_modes
+def test_what_is_no_layer_is_left_as_it_was_beside_one(train: bool) -> None:
+    """All of them have gradients among the outputs, which are put back one by one."""
+    layer = loops.Modules(dtype=torch.float32)
+    model = nn.Sequential(Ensemble(), layer, Ensemble(), loops.ModulesSquared(dtype=torch.float32))
+    graph = joint_graphs.capture(model, tokens(dtype=torch.float32), train=train)
+    rewritten = joint_graphs.clone(graph)
+    counts = joint_graphs.run_pass(rewritten)
+    assert (joint_graphs.num_rewritten(counts), counts["regions_found"]) == (1, 2)
+    rewritten.lint()
+    # the ensembles' products and the refused layer's are there as before
+    products = [len(joint_graphs.nodes_of(g, aten.addmm.default)) for g in (graph, rewritten)]
+    assert products[0] == products[1]
+    assert not [n for n in joint_graphs.nodes_of(rewritten, aten.select.int) if not n.users]
+    inputs = lockstep.random_inputs(graph, 1, 0, T)
+    results = [lockstep.execute(g, inputs, 1) for g in (rewritten, graph)]
+    assert not lockstep.differences(*results)
+
+
+@in_both_modes
 @pytest.mark.parametrize("name", loops.REFUSED)
 def test_refused(name: str, train: bool) -> None:
     layer, reason = loops.REFUSED[name]

@@ -280,7 +280,7 @@ class ModulesSquared(Modules, Squared):
     """Weights are squared where they multiply."""
 
 
-class AtLeast(Loop):
+class CountsALittle(Loop):
     """What a token did not choose counts a little."""
 
     def weight(self, weights_TA, ids_TA, e):
@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[Callable[..., Loop], str]] = {
     "wrong_expert": (WrongExpert, "not_equivalent"),
     "three_of_four": (ThreeOfFour, "not_equivalent"),
     "squared": (Squared, "not_equivalent"),
-    "at_least": (AtLeast, "not_equivalent"),
+    "counts_a_little": (CountsALittle, "not_equivalent"),
     "cosine": (Cosine, "unknown_activation"),
     "one_differs": (OneDiffers, "unknown_activation"),
     "escapes": (Escapes, "no_output"),
